@@ -1,0 +1,1 @@
+"""What travels with a checkpoint: flat files that import each other as siblings and nothing else of this package."""

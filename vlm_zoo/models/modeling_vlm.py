@@ -1,0 +1,601 @@
+"""The frame: one way through a vision-language model, in which an architecture fills in two steps.
+
+    processor   text + images -> input_ids int[B, T] with K placeholders an image, attention_mask, pixel_values, …
+    see         vision_tower(pixel_values)                        float[I, N, Dv]   any AutoModel vision tower
+    align       get_image_features -> pooler_output               I x float[K, Dt]  the architecture
+    fuse        (embeds, features, context) -> (LM keyword arguments, carry)        default: scatter into placeholders
+    read        language_model(**lm_inputs) -> last_hidden_state  float[B, T, Dt]   any AutoModel decoder
+    head        lm_head -> logits, loss                                             the language model's own
+
+Letters used in every shape of the zoo: B rows, T tokens, I images in the batch, N patches of an image, K tokens an
+image ends as, Dv and Dt the widths of tower and language model, V the vocabulary.
+
+An architecture subclasses `ZooModel` (it must write `get_image_features`, it may write `fuse`) and
+`ZooForConditionalGeneration` (usually nothing but the name of its base model). Trainers call the base model and project
+`last_hidden_state` themselves, so everything that belongs to the architecture happens in the base model, its output has
+one hidden state a token, and it never sees labels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import torch_compilable_check
+
+from .configuration_vlm import ZooConfig
+from .parts_vlm import build_head, build_part, cut_tower, logit_transform
+
+
+# The vision inputs that TRL's trainers and `generate` pass on. Architectures choose among them, and add none.
+VISION_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "image_position_ids",
+)
+
+# The parts of a model that can be trained or frozen apart, and the parameter prefixes that belong to each.
+PARTS = {
+    "vision": ("model.vision_tower.",),
+    "connector": ("model.connector.",),
+    "fusion": ("model.fusion.",),
+    "language": ("model.language_model.",),
+    "embeddings": (),  # the input embeddings, wherever the language model keeps them
+    "head": ("lm_head.",),
+}
+
+
+@dataclass
+class ZooModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of a base model.
+
+    last_hidden_state (`float[B, T, Dt]`), past_key_values, hidden_states, attentions: as the language model returns them.
+    router_logits: those of a mixture-of-experts language model, when asked for.
+    image_hidden_states (`float[sum(K), Dt]`): the aligned features of all images, one after the other.
+    carry: what decode steps of this architecture need from the prefill, or `None`.
+    """
+
+    router_logits: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    carry: Any = None
+
+
+@dataclass
+class ZooCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of a head model: `loss`, `logits` (`float[B, T, V]`, see `ZooForConditionalGeneration.forward`), and the
+    fields of `ZooModelOutputWithPast`."""
+
+    router_logits: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    carry: Any = None
+
+
+@dataclass
+class FuseContext:
+    """What `fuse` may look at besides embeddings and features; every field may be `None`."""
+
+    input_ids: torch.LongTensor | None
+    attention_mask: torch.Tensor | None
+    position_ids: torch.LongTensor | None
+    past_key_values: Cache | None
+    mm_token_type_ids: torch.LongTensor | None
+    vision_inputs: dict[str, torch.Tensor]
+    carry: Any
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ZooPreTrainedModel(PreTrainedModel):
+    """Loading, saving, initialisation and parts, for base models and head models alike."""
+
+    config: ZooConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """`False`: the zoo initialises through `transformers.initialization`, which respects what was loaded. Classes
+        taken for custom code would skip the rules that towers and decoders have for their container modules."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        # Projections into the language model keep the scale of what they read. With a fixed 0.02 a narrow language
+        # model never starts to use the image.
+        if isinstance(self, ZooModel) and isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+
+    @classmethod
+    def from_pretrained(cls, *args, trainable_parts: list[str] | None = None, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, and `trainable_parts=["connector", …]` freezes all other parts, so that a
+        YAML file can choose what a trainer trains (`model_init_kwargs: {trainable_parts: [connector]}`).
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        if trainable_parts is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).set_trainable_parts(trainable_parts)
+        return loaded
+
+    def part_of(self, name: str) -> str:
+        """The part (a key of `PARTS`) that a parameter, named as in the head model, belongs to."""
+        if not name.startswith(("model.", "lm_head.")):
+            name = f"model.{name}"
+        embeddings = self.get_input_embeddings()
+        if any(name.endswith(f".{path}") for path in self._embedding_names(embeddings)):
+            return "embeddings"
+        for part, prefixes in PARTS.items():
+            if name.startswith(prefixes):
+                return part
+        raise ValueError(f"Parameter '{name}' belongs to no part; the parts are {', '.join(PARTS)}.")
+
+    def _embedding_names(self, embeddings: nn.Module) -> list[str]:
+        base = self.base_model
+        stem = next(name for name, module in base.named_modules() if module is embeddings)
+        return [f"{stem}.{name}" for name, _ in embeddings.named_parameters()]
+
+    def set_trainable_parts(self, parts: list[str]) -> None:
+        """Makes exactly the named parts trainable and freezes the others; an unknown name is a `ValueError`. A head
+        tied to the embeddings follows the embeddings."""
+        unknown = set(parts) - set(PARTS)
+        if unknown:
+            raise ValueError(f"Unknown part(s) {sorted(unknown)}; the parts of a model are {', '.join(PARTS)}.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.part_of(name) in parts)
+
+
+class ZooModel(ZooPreTrainedModel):
+    """
+    Vision tower, connector and language model, without a head.
+
+    An architecture builds its connector as `self.connector` (and modules inside the language model as `self.fusion`)
+    and writes `get_image_features`. It may write `fuse`, `placeholders_of` and `dummy_vision_inputs`.
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.vision_tower = build_part(config.vision_config, "vision tower")
+        cut_tower(self.vision_tower, max(config.feature_layers))
+        self.build_connector(config)
+        self.language_model = build_part(config.text_config, "language model")
+        self.post_init()
+
+    def build_connector(self, config: ZooConfig) -> None:
+        """Builds what lies between tower and language model: sets `self.connector`. The architecture writes it."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    # --- see -----------------------------------------------------------------------------------------------------
+
+    def see(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """
+        Runs the tower and selects its features.
+
+        A tower none of whose parameters train runs without a graph (unless the pixels themselves want a gradient).
+
+        Args:
+            pixel_values (`float[I, C, H, W]`): the images, in any float dtype.
+
+        Returns:
+            The tower's output, and the selected patch features `float[I, N, Dv * layers]`.
+        """
+        tower, layers = self.vision_tower, self.config.feature_layers
+        pixel_values = pixel_values.to(device=tower.device, dtype=tower.dtype)
+        if not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = layers
+        kwargs["return_dict"] = True
+        needs_graph = pixel_values.requires_grad or any(p.requires_grad for p in tower.parameters())
+        with torch.set_grad_enabled(needs_graph and torch.is_grad_enabled()):
+            outputs = tower(pixel_values, **kwargs)
+        features = [outputs.hidden_states[layer] for layer in layers]
+        features = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, self.config.num_prefix_tokens :]
+        return outputs, features
+
+    # --- align ---------------------------------------------------------------------------------------------------
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """
+        Images to what the language model reads. The architecture writes it, and names among its parameters those
+        `VISION_INPUTS` that it uses.
+
+        Returns:
+            The tower's output with `pooler_output`: one `float[K, Dt]` for each image.
+        """
+        raise NotImplementedError
+
+    def dummy_vision_inputs(self) -> dict[str, torch.Tensor]:
+        """One blank image, for a batch without images that must still touch every vision parameter."""
+        size = self.config.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(self.config.vision_config, "num_channels", 3)
+        return {"pixel_values": torch.zeros(1, channels, height, width, device=self.device, dtype=self.dtype)}
+
+    # --- fuse ----------------------------------------------------------------------------------------------------
+
+    def placeholders_of(self, features: torch.Tensor) -> int:
+        """How many placeholders in `input_ids` stand for an image with these features `float[K, Dt]`: K by default."""
+        return len(features)
+
+    def fuse(
+        self, inputs_embeds: torch.Tensor, features: list[torch.Tensor] | None, context: FuseContext
+    ) -> tuple[dict[str, Any], Any]:
+        """
+        Brings features into the language model; by default they replace the embeddings of their placeholders.
+
+        Args:
+            inputs_embeds (`float[B, T, Dt]`): embeddings of the tokens.
+            features: one `float[K, Dt]` for each image, in the order of the placeholders, or `None` without images.
+            context: the other inputs of this forward.
+
+        Returns:
+            Keyword arguments of the language model (`inputs_embeds` among them) and the carry, `None` by default.
+        """
+        if features is None:
+            return {"inputs_embeds": inputs_embeds}, context.carry
+        mask = self.placeholder_mask(context.input_ids, inputs_embeds)  # bool[B, T]
+        self.check_placeholders(mask, features)
+        flat = torch.cat(list(features), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = mask.unsqueeze(-1).to(inputs_embeds.device)
+        return {"inputs_embeds": inputs_embeds.masked_scatter(mask, flat)}, context.carry
+
+    def placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """`bool[B, T]`, true at placeholders; without ids they are recognised by their embedding."""
+        if input_ids is not None and input_ids.numel() > 0:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]) -> None:
+        """Raises `ValueError` when placeholders and features do not match, naming rows, images and likely cause."""
+        expected = [self.placeholders_of(feature) for feature in features]
+        if torch.compiler.is_compiling():
+            torch_compilable_check(mask.sum() == sum(expected), "Image features and image tokens do not match")
+            return
+        found = mask.sum(dim=1).tolist()
+        if sum(found) != sum(expected):
+            raise ValueError(mismatch_message(found, expected))
+
+    # --- read ----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        image_position_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        carry: Any = None,
+        **kwargs,
+    ) -> ZooModelOutputWithPast:
+        """
+        One pass from tokens and images to hidden states.
+
+        Args:
+            input_ids (`int[B, T]`): tokens, with a run of placeholders for each image.
+            pixel_values: images as the processor made them; the other vision inputs belong to them.
+            inputs_embeds (`float[B, T, Dt]`): instead of `input_ids`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` from an earlier call, instead of `pixel_values`.
+            carry: the carry of the prefill, on decode steps.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, both `pixel_values` and
+                `mm_encoder_outputs`, a vision input that this architecture does not take, or placeholders that do not
+                match the features.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        vision_inputs = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "image_sizes": image_sizes,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "image_position_ids": image_position_ids,
+        }
+        vision_inputs = {name: value for name, value in vision_inputs.items() if value is not None}
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        features = self._features(vision_inputs, mm_encoder_outputs)
+        if features is None and self.training and is_sharded():
+            inputs_embeds = inputs_embeds + self._zero_of_vision().to(inputs_embeds.device, inputs_embeds.dtype)
+        context = FuseContext(
+            input_ids, attention_mask, position_ids, past_key_values, mm_token_type_ids, vision_inputs, carry
+        )
+        lm_inputs, carry = self.fuse(inputs_embeds, features, context)
+        lm_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **lm_inputs}
+        outputs = self.language_model(past_key_values=past_key_values, **lm_inputs, **{**kwargs, "return_dict": True})
+        return ZooModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=outputs.get("router_logits"),
+            image_hidden_states=torch.cat(list(features), dim=0) if features is not None else None,
+            carry=carry,
+        )
+
+    def _features(self, vision_inputs: dict[str, torch.Tensor], mm_encoder_outputs: dict | None):
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if "pixel_values" not in vision_inputs:
+            if vision_inputs:
+                raise ValueError(f"Got {', '.join(vision_inputs)} without pixel_values: images are missing.")
+            return None if encoded is None else list(encoded.pooler_output)
+        if encoded is not None:
+            raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
+        if len(vision_inputs["pixel_values"]) == 0:
+            return None
+        try:
+            return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(self).__name__} does not take the vision inputs {', '.join(vision_inputs)} ({error}): "
+                "was this batch made by the processor of another model?"
+            ) from error
+
+    def _zero_of_vision(self) -> torch.Tensor:
+        """A zero that depends on every vision parameter: sharded ranks must run the same collectives, images or not."""
+        features = self.get_image_features(**self.dummy_vision_inputs(), return_dict=True).pooler_output
+        return sum(feature.sum() for feature in features) * 0.0
+
+
+class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
+    """A base model with the language model's own head. An architecture sets `base_model_class`."""
+
+    _auto_class = "AutoModelForImageTextToText"
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    base_model_class: type[ZooModel]
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.model = self.base_model_class(config)
+        self.lm_head = build_head(config.text_config)
+        self.logit_scale, self.logit_cap = logit_transform(config.text_config)
+        embeddings = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        # A sampled placeholder would ask for an image that is not there.
+        self.generation_config.suppress_tokens = [config.image_token_id]
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See the base model's `get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`float[…, Dt]` to `float[…, V]`, scaled and capped as the language model does."""
+        logits = self.lm_head(hidden_states)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_cap is not None:
+            logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        image_position_ids: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        carry: Any = None,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ZooCausalLMOutputWithPast:
+        """
+        The base model's pass (see `ZooModel.forward`), then logits and loss.
+
+        In training mode with labels, and with `logits_to_keep` left alone, only the supervised positions are projected:
+        the loss is the same, `logits` is `None`. `supervised_logits_only=False` in the config turns that off.
+
+        Args:
+            labels (`int[B, T]`): targets, shifted here; -100 carries no loss.
+            shift_labels (`int[B, T]`): targets already shifted; they win over `labels`.
+            num_items_in_batch: what the summed loss is divided by, instead of the number of targets.
+            logits_to_keep: project only the last positions, or those named.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_grid_thw=image_grid_thw,
+            image_sizes=image_sizes,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            image_position_ids=image_position_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            carry=carry,
+            **{**kwargs, "return_dict": True},
+        )
+        hidden_states = outputs.last_hidden_state
+        supervised = labels is not None or shift_labels is not None
+        keep_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        logits = loss = None
+        if supervised and self.training and keep_all and self.config.supervised_logits_only:
+            loss = self._supervised_loss(hidden_states, labels, shift_labels, num_items_in_batch, **kwargs)
+        else:
+            logits = self.logits_of(slice_logits_to_keep(hidden_states, logits_to_keep))
+            if supervised:
+                loss = self.loss_function(
+                    logits,
+                    labels,
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
+                    **kwargs,
+                )
+        return ZooCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+            carry=outputs.carry,
+        )
+
+    def _supervised_loss(self, hidden_states, labels, shift_labels, num_items_in_batch, **kwargs) -> torch.Tensor:
+        """The loss of all positions, from the logits of those that carry a label."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        shift_labels = shift_labels.to(hidden_states.device)
+        mask = shift_labels != -100
+        if not mask.any():
+            return self.logits_of(hidden_states[:1, :1]).sum() * 0.0  # keeps every parameter in the graph
+        return self.loss_function(
+            self.logits_of(hidden_states[mask]),  # float[S, V]
+            None,
+            vocab_size=self.config.text_config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            shift_labels=shift_labels[mask],
+            **kwargs,
+        )
+
+    # --- generate ------------------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in (*VISION_INPUTS, "mm_encoder_outputs"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        if outputs.get("carry") is not None:
+            model_kwargs["carry"] = outputs.carry
+        return model_kwargs
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size, inputs_embeds=None):
+        """Repeats each row's images for its beams or samples. The caller's outputs are left as they are, so that they
+        serve further calls."""
+        encoded = mm_encoder_output.get("image")
+        if encoded is None:
+            return mm_encoder_output
+        features = list(encoded.pooler_output)
+        mask = self.model.placeholder_mask(input_ids, inputs_embeds)
+        self.model.check_placeholders(mask, features)
+        expanded, start = [], 0
+        for wanted in mask.sum(dim=1).tolist():
+            end, found = start, 0
+            while found < wanted:
+                found += self.model.placeholders_of(features[end])
+                end += 1
+            expanded += features[start:end] * expand_size
+            start = end
+        return {**mm_encoder_output, "image": type(encoded)(**{**encoded, "pooler_output": expanded})}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def is_sharded() -> bool:
+    """Whether several ranks train together, so that all of them must touch the same parameters."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def mismatch_message(found: list[int], expected: list[int]) -> str:
+    """
+    Explains why the placeholders of the rows do not fit the features of the images.
+
+    Args:
+        found: placeholders in each row of `input_ids`.
+        expected: placeholders that each image needs, in order.
+    """
+    image = 0
+    where = "all rows are filled and images are left over"
+    for row, count in enumerate(found):
+        need, first = 0, image
+        while need < count and image < len(expected):
+            need += expected[image]
+            image += 1
+        if need != count:
+            images = f"image {first}" if image - first <= 1 else f"images {first} to {image - 1}"
+            where = f"row {row} holds {count} image tokens, {images} of the batch would fill {need}"
+            break
+    total, wanted = sum(found), sum(expected)
+    if total == 0:
+        cause = "the text has no placeholder: a chat template that drops images, or text made without the processor"
+    elif not expected:
+        cause = "images are missing"
+    elif total < wanted:
+        cause = "truncated text (a max_length that cuts placeholders) or more images than the text asks for"
+    else:
+        cause = "a generated placeholder, missing images, or text made by the processor of another model"
+    return (
+        f"Image features and image tokens do not match, tokens: {total}, features: {wanted}. "
+        f"Of {len(found)} rows and {len(expected)} images, {where}. Likely cause: {cause}."
+    )

@@ -1,0 +1,6 @@
+"""Tiny models, and the contract that every vision-language model should keep."""
+
+from .tiny import TINY_TEXT, TINY_VISION, tiny_config, tiny_model, tiny_processor, tiny_tokenizer
+
+
+__all__ = ["TINY_TEXT", "TINY_VISION", "tiny_config", "tiny_model", "tiny_processor", "tiny_tokenizer"]

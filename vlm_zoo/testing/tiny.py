@@ -1,0 +1,155 @@
+"""Tiny offline models and processors: two layers a part, a byte-level tokenizer, nothing downloaded."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from ..chat_templates import plain_template
+from ..models.processing_vlm import ZooProcessor
+from ..registry import ZOO, ZooEntry
+
+
+IMAGE_SIZE, PATCH_SIZE = 32, 8
+IMAGE_TOKEN = "<image>"
+_SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
+_VOCAB_SIZE = 320  # a multiple of 64, with room behind the tokenizer's last id
+
+TINY_VISION = {
+    "clip": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "projection_dim": 32,
+    },
+    "siglip": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    },
+    "dinov2": {
+        "model_type": "dinov2",
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    },
+}
+
+_DECODER = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "vocab_size": _VOCAB_SIZE,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TINY_TEXT = {
+    "llama": {"model_type": "llama", **_DECODER},
+    "qwen3": {"model_type": "qwen3", "head_dim": 12, **_DECODER},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **_DECODER,
+    },
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 48,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 48,
+        "max_position_embeddings": 1024,
+        "vocab_size": _VOCAB_SIZE,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 1024,
+        "vocab_size": _VOCAB_SIZE,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+def tiny_tokenizer(image_token: str | None = IMAGE_TOKEN) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 256 bytes and a few special tokens; any text survives encoding and decoding."""
+    symbols = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    pad, bos, eos = _SPECIAL_TOKENS
+    named = {"extra_special_tokens": {"image_token": image_token}} if image_token else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos, padding_side="left", **named
+    )
+
+
+def _entry(model_type: str) -> ZooEntry:
+    if model_type not in ZOO:
+        raise ValueError(f"Unknown architecture '{model_type}'; the zoo has {', '.join(ZOO)}.")
+    return ZOO[model_type]
+
+
+def tiny_config(model_type: str, vision: str = "clip", text: str = "llama", **overrides) -> PreTrainedConfig:
+    """
+    A config of under a million parameters.
+
+    Args:
+        model_type: a key of `vlm_zoo.ZOO`.
+        vision, text: keys of `TINY_VISION` and `TINY_TEXT`.
+        overrides: fields of the config.
+    """
+    entry = _entry(model_type)
+    image_token_id = tiny_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
+    fields = {
+        "vision_config": dict(TINY_VISION[vision]),
+        "text_config": dict(TINY_TEXT[text]),
+        "image_token_id": image_token_id,
+        "vision_feature_layer": -1,
+        "num_prefix_tokens": 0 if vision == "siglip" else 1,
+    }
+    return entry.config(**{**fields, **overrides})
+
+
+def tiny_processor(model_type: str, config: PreTrainedConfig | None = None) -> ZooProcessor:
+    """
+    The processor that belongs to `config`, or to `tiny_config(model_type)`.
+    """
+    entry = _entry(model_type)
+    config = tiny_config(model_type) if config is None else config
+    tokenizer = tiny_tokenizer()
+    image_processor = entry.image_processor(**entry.processor.image_fields_from(config))
+    return entry.processor(
+        image_processor,
+        tokenizer,
+        chat_template=plain_template(IMAGE_TOKEN),
+        **entry.processor.fields_from(config),
+    )
+
+
+def tiny_model(model_type: str, **overrides) -> PreTrainedModel:
+    """A head model of `tiny_config(model_type, **overrides)`, in eval mode."""
+    return ZOO[model_type].head(tiny_config(model_type, **overrides)).eval()
