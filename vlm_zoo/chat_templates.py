@@ -1,7 +1,8 @@
 """Chat templates: the zoo's plain one, and the extension of a language model's own to image content.
 
-A template of the zoo accepts a message's content as text or as a list of `{"type": "image"}` and `{"type": "text"}`, and wraps what
-the assistant says, its end-of-turn token included, in `{% generation %}`: with it `assistant_only_loss` is exact.
+A template of the zoo accepts a message's content as text or as a list of `{"type": "image"}` and `{"type": "text"}`,
+and wraps what the assistant says, its end-of-turn token included, in `{% generation %}`: with it
+`assistant_only_loss` is exact.
 """
 
 # Writes a message's content: text as it is, an image as its token and a line break.

@@ -104,7 +104,7 @@ class ZooConfig(PreTrainedConfig):
         return {
             "AutoConfig": f"{stem}Config",
             "AutoModel": f"{stem}Model",
-            **{door: f"{stem}ForConditionalGeneration" for door in HEAD_DOORS},
+            **dict.fromkeys(HEAD_DOORS, f"{stem}ForConditionalGeneration"),
             "AutoProcessor": f"{stem}Processor",
         }
 

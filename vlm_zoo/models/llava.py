@@ -9,8 +9,9 @@ Paper map:
     1.5 section 3.4 and NeXT, AnyRes                 `image_grid_pinpoints`; `LlavaConnector.pack_tiles`
     1.0 section 4.1, features before the last layer  `vision_feature_layer=-2`
 
-Deviations: the tower's last layers are not built when no feature uses them. With `vision_feature_select_strategy="default"`
-all prefix tokens of a tower go, not always one: none for SigLIP, CLS and registers for DINOv2.
+Deviations: the tower's last layers are not built when no feature uses them. With
+`vision_feature_select_strategy="default"` all prefix tokens of a tower go, not always one: none for SigLIP, CLS and
+registers for DINOv2.
 """
 
 from typing import Literal
@@ -63,7 +64,7 @@ class ZooLlavaConfig(ZooConfig):
         """Part of `@strict` validation: every pinpoint is a grid of whole tiles."""
         size = getattr(self.vision_config, "image_size", None)
         for pinpoint in self.image_grid_pinpoints or []:
-            if len(pinpoint) != 2 or size and any(side % size for side in pinpoint):
+            if len(pinpoint) != 2 or (size and any(side % size for side in pinpoint)):
                 raise ValueError(
                     f"image_grid_pinpoints holds {pinpoint}; expected [height, width] in multiples of the tower's "
                     f"image size {size}."
@@ -160,9 +161,9 @@ class ZooLlavaModel(ZooModel):
             return outputs
         if image_sizes is None or pixel_values.ndim != 5:
             raise ValueError(
-                f"AnyRes needs pixel_values [I, P, C, H, W] and image_sizes [I, 2]; got {list(pixel_values.shape)} and "
-                f"{None if image_sizes is None else list(image_sizes.shape)}: was this batch made by the processor of "
-                "another model?"
+                f"AnyRes needs pixel_values [I, P, C, H, W] and image_sizes [I, 2]; got {list(pixel_values.shape)} "
+                f"and {None if image_sizes is None else list(image_sizes.shape)}: was this batch made by the "
+                "processor of another model?"
             )
         sizes = image_sizes.tolist()
         counts = [self.num_tiles(size) for size in sizes]

@@ -11,9 +11,9 @@ Letters used in every shape of the zoo: B rows, T tokens, I images in the batch,
 image ends as, Dv and Dt the widths of tower and language model, V the vocabulary.
 
 An architecture subclasses `ZooModel` (it must write `get_image_features`, it may write `fuse`) and
-`ZooForConditionalGeneration` (usually nothing but the name of its base model). Trainers call the base model and project
-`last_hidden_state` themselves, so everything that belongs to the architecture happens in the base model, its output has
-one hidden state a token, and it never sees labels.
+`ZooForConditionalGeneration` (usually nothing but the name of its base model). Trainers call the base model and
+project `last_hidden_state` themselves, so everything that belongs to the architecture happens in the base model, its
+output has one hidden state a token, and it never sees labels.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,8 @@ class ZooModelOutputWithPast(BaseModelOutputWithPast):
     """
     Output of a base model.
 
-    last_hidden_state (`float[B, T, Dt]`), past_key_values, hidden_states, attentions: as the language model returns them.
+    last_hidden_state (`float[B, T, Dt]`), past_key_values, hidden_states, attentions: as the language model returns
+    them.
     router_logits: those of a mixture-of-experts language model, when asked for.
     image_hidden_states (`float[sum(K), Dt]`): the aligned features of all images, one after the other.
     carry: what decode steps of this architecture need from the prefill, or `None`.
@@ -373,7 +374,8 @@ class ZooModel(ZooPreTrainedModel):
             ) from error
 
     def _zero_of_vision(self) -> torch.Tensor:
-        """A zero that depends on every vision parameter: sharded ranks must run the same collectives, images or not."""
+        """A zero that depends on every vision parameter: sharded ranks must run the same collectives, images or
+        not."""
         features = self.get_image_features(**self.dummy_vision_inputs(), return_dict=True).pooler_output
         return sum(feature.sum() for feature in features) * 0.0
 
@@ -448,8 +450,9 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         """
         The base model's pass (see `ZooModel.forward`), then logits and loss.
 
-        In training mode with labels, and with `logits_to_keep` left alone, only the supervised positions are projected:
-        the loss is the same, `logits` is `None`. `supervised_logits_only=False` in the config turns that off.
+        In training mode with labels, and with `logits_to_keep` left alone, only the supervised positions are
+        projected: the loss is the same, `logits` is `None`. `supervised_logits_only=False` in the config turns that
+        off.
 
         Args:
             labels (`int[B, T]`): targets, shifted here; -100 carries no loss.
@@ -576,7 +579,7 @@ def mismatch_message(found: list[int], expected: list[int]) -> str:
         expected: placeholders that each image needs, in order.
     """
     image = 0
-    where = "all rows are filled and images are left over"
+    where = "every row is filled and images are left over"
     for row, count in enumerate(found):
         need, first = 0, image
         while need < count and image < len(expected):
@@ -588,6 +591,7 @@ def mismatch_message(found: list[int], expected: list[int]) -> str:
             break
     total, wanted = sum(found), sum(expected)
     if total == 0:
+        where = "no row holds an image token"
         cause = "the text has no placeholder: a chat template that drops images, or text made without the processor"
     elif not expected:
         cause = "images are missing"

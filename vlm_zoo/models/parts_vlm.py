@@ -12,12 +12,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 
 
 def build_part(config: PreTrainedConfig, role: str) -> PreTrainedModel:
-    """Builds a vision tower or a decoder from its config; an unknown model type is a `ValueError` that names the role."""
+    """Builds a vision tower or a decoder from its config; an unknown model type is a `ValueError` that names the
+    role."""
     try:
         return AutoModel.from_config(config)
     except ValueError as error:
         raise ValueError(
-            f"The {role} of model type '{config.model_type}' ({type(config).__name__}) is not one that AutoModel builds."
+            f"The {role} of model type '{config.model_type}' ({type(config).__name__}) is not one that "
+            "AutoModel builds."
         ) from error
 
 
@@ -53,7 +55,8 @@ def cut_tower(tower: PreTrainedModel, last_layer: int) -> None:
 
 
 def build_head(text_config: PreTrainedConfig) -> nn.Linear:
-    """Builds the output projection that this language model's own `AutoModelForCausalLM` has: its width and its bias."""
+    """Builds the output projection that this language model's own `AutoModelForCausalLM` has: its width and its
+    bias."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text_config)
     own = model.get_output_embeddings()
@@ -67,8 +70,8 @@ def logit_transform(text_config: PreTrainedConfig) -> tuple[float, float | None]
     """
     The language model's own treatment of its logits: a factor, then a soft cap.
 
-    Cohere multiplies by `logit_scale`, Muse Glimmer by `output_multiplier`, Falcon-H1 by `lm_head_multiplier`, HyperCLOVA X
-    by `logits_scaling`; Granite divides by it. Gemma caps with `final_logit_softcapping`.
+    Cohere multiplies by `logit_scale`, Muse Glimmer by `output_multiplier`, Falcon-H1 by `lm_head_multiplier`,
+    HyperCLOVA X by `logits_scaling`; Granite divides by it. Gemma caps with `final_logit_softcapping`.
     """
     cap = getattr(text_config, "final_logit_softcapping", None)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):

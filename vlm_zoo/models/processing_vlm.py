@@ -1,7 +1,7 @@
 """The frame's processor: text and images to a batch in which every visual token has its placeholder.
 
-`num_image_tokens(height, width)` is the only source of counts: the placeholders of a batch, the estimates that servers ask
-for before they see pixels, and the check in the model all agree because they come from it.
+`num_image_tokens(height, width)` is the only source of counts: the placeholders of a batch, the estimates that
+servers ask for before they see pixels, and the check in the model all agree because they come from it.
 """
 
 import numpy as np
@@ -29,8 +29,8 @@ class ZooProcessor(ProcessorMixin):
     """
     Image processor and tokenizer in one. An architecture writes `num_image_tokens` and its own `__init__`.
 
-    The tokenizer must have a named image token (`extra_special_tokens={"image_token": "<image>"}`; `vlm_zoo.build` adds
-    it), which stands once for each image in the text that is handed in.
+    The tokenizer must have a named image token (`extra_special_tokens={"image_token": "<image>"}`; `vlm_zoo.build`
+    adds it), which stands once for each image in the text that is handed in.
     """
 
     _auto_class = "AutoProcessor"
@@ -43,6 +43,8 @@ class ZooProcessor(ProcessorMixin):
             )
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+        # Always there, so that saving changes nothing about a processor.
+        self.auto_map = {"AutoProcessor": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod

@@ -1,0 +1,83 @@
+"""The contract over the whole registry."""
+
+import pytest
+
+import vlm_zoo.testing.promises  # noqa: F401 -- registers the promises
+from vlm_zoo import ZOO
+from vlm_zoo.testing import check_vlm, tiny_model, tiny_processor
+from vlm_zoo.testing.contract import PROMISES
+from vlm_zoo.testing.promises import Subject
+
+
+@pytest.fixture(scope="module")
+def subjects() -> dict:
+    models = {model_type: tiny_model(model_type) for model_type in ZOO}
+    return {name: (model, tiny_processor(name, model.config)) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("text", PROMISES)
+@pytest.mark.parametrize("model_type", ZOO)
+def test_architecture_keeps_the_promise(model_type, text, subjects):
+    check_vlm(*subjects[model_type], only=text).raise_if_failed()
+
+
+@pytest.mark.parametrize("model_type", ZOO)
+def test_tiny_models_are_tiny(model_type, subjects):
+    model, processor = subjects[model_type]
+    text = model.config.text_config
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    assert text.num_hidden_layers <= 2 and model.config.vision_config.num_hidden_layers <= 2
+    assert text.vocab_size >= len(processor.tokenizer)
+    assert None not in (text.pad_token_id, text.bos_token_id, text.eos_token_id)
+    assert text.max_position_embeddings >= 512
+    assert 20 < model.config.image_token_id < text.vocab_size - 15
+
+
+def test_a_broken_model_is_reported_not_hidden(subjects):
+    model, processor = subjects["zoo_llava"]
+
+    class Deaf(type(model)):
+        def get_image_features(self, *args, **kwargs):
+            features = super().get_image_features(*args, **kwargs)
+            features.pooler_output = [feature[:-1] for feature in features.pooler_output]
+            return features
+
+    deaf = Deaf(model.config).eval()
+    report = check_vlm(deaf, processor, only="one count")
+    assert report.broken and "placeholders" in report.broken[0].detail
+    assert "broken" in str(report)
+
+
+def test_the_contract_runs_on_a_model_of_transformers():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    from vlm_zoo.testing import tiny_config
+
+    config = tiny_config("zoo_llava")
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config.to_dict(),
+            text_config=config.text_config.to_dict(),
+            image_token_index=config.image_token_id,
+            vision_feature_layer=-1,
+        )
+    ).eval()
+    ours = tiny_processor("zoo_llava", config)
+    processor = LlavaProcessor(
+        ours.image_processor,
+        ours.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=ours.chat_template,
+    )
+    report = check_vlm(model, processor)
+    outcomes = {check.promise: check.outcome for check in report.checks}
+    assert outcomes["logits depend on the image"] == "kept"
+    assert outcomes["checkpoints carry their code through every door"] == "skipped"
+    assert outcomes["placeholders cannot be sampled"] == "broken"
+
+
+def test_rows_of_every_kind_are_in_the_batch(subjects):
+    subject = Subject(*subjects["zoo_llava"], tolerance=1e-4)
+    assert [len(row["images"]) for row in subject.ragged] == [1, 2, 0]

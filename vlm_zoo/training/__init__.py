@@ -1,0 +1,8 @@
+"""Training: which parts train, what carries a label, and the stages of the field; the trainers are TRL's."""
+
+from .collator import ZooDataCollator
+from .parts import freeze, lora_targets, trainable_parts
+from .stages import STAGES, stage
+
+
+__all__ = ["STAGES", "ZooDataCollator", "freeze", "lora_targets", "stage", "trainable_parts"]
