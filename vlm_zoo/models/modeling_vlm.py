@@ -16,6 +16,7 @@ project `last_hidden_state` themselves, so everything that belongs to the archit
 output has one hidden state a token, and it never sees labels.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +181,8 @@ class ZooModel(ZooPreTrainedModel):
         cut_tower(self.vision_tower, max(config.feature_layers))
         self.build_connector(config)
         self.language_model = build_part(config.text_config, "language model")
+        named = inspect.signature(self.get_image_features).parameters
+        self._vision_input_names = [name for name in VISION_INPUTS if name in named]
         self.post_init()
 
     def build_connector(self, config: ZooConfig) -> None:
@@ -363,15 +366,13 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
         if len(vision_inputs["pixel_values"]) == 0:
             return None
-        try:
-            return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
-        except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
+        foreign = [name for name in vision_inputs if name not in self._vision_input_names]
+        if foreign:
             raise ValueError(
-                f"{type(self).__name__} does not take the vision inputs {', '.join(vision_inputs)} ({error}): "
+                f"{type(self).__name__} does not take {', '.join(foreign)}, only {', '.join(self._vision_input_names)}: "
                 "was this batch made by the processor of another model?"
-            ) from error
+            )
+        return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
 
     def _zero_of_vision(self) -> torch.Tensor:
         """A zero that depends on every vision parameter: sharded ranks must run the same collectives, images or

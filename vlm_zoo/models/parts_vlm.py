@@ -47,7 +47,7 @@ def cut_tower(tower: PreTrainedModel, last_layer: int) -> None:
     unused = ["head", "pooler", "post_layernorm"]
     if last_layer < depth:
         holder, name = find_layers(tower)
-        setattr(holder, name, getattr(holder, name)[:last_layer])
+        setattr(holder, name, getattr(holder, name)[: max(last_layer, 1)])
         unused += ["layernorm", "norm"]
     for name in unused:
         if isinstance(getattr(tower, name, None), nn.Module):
