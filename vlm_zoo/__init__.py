@@ -3,8 +3,9 @@
 Importing the package registers every architecture with the Auto classes.
 """
 
+from .building import BuildError, build
 from .registry import ZOO, AutoModelForVision2Seq, ZooEntry
+from .version import __version__
 
 
-__version__ = "0.1.0"
-__all__ = ["ZOO", "AutoModelForVision2Seq", "ZooEntry", "__version__"]
+__all__ = ["ZOO", "AutoModelForVision2Seq", "BuildError", "ZooEntry", "__version__", "build"]

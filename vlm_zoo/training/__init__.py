@@ -3,6 +3,7 @@
 from .collator import ZooDataCollator
 from .parts import freeze, lora_targets, trainable_parts
 from .stages import STAGES, stage
+from .trainer import LeanSFTTrainer
 
 
-__all__ = ["STAGES", "ZooDataCollator", "freeze", "lora_targets", "stage", "trainable_parts"]
+__all__ = ["STAGES", "LeanSFTTrainer", "ZooDataCollator", "freeze", "lora_targets", "stage", "trainable_parts"]

@@ -8,14 +8,15 @@ Options and YAML keys are those of `trl sft`.
 
 from datasets import load_dataset
 from transformers import AutoProcessor
-from trl import SFTTrainer, get_dataset, get_peft_config, get_quantization_config
+from trl import get_dataset, get_peft_config, get_quantization_config
 from trl.scripts.sft import make_parser
 
 from ..registry import ZOO
 from .collator import ZooDataCollator
+from .trainer import LeanSFTTrainer
 
 
-def main(arguments: list[str] | None = None) -> SFTTrainer:
+def main(arguments: list[str] | None = None) -> LeanSFTTrainer:
     """Trains as the options say and saves to `output_dir`; `arguments` replace those of the command line."""
     parser = make_parser(prog="vlm-zoo sft")
     script, training, model, mixture = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
             f"{model.model_name_or_path} opens as {type(processor).__name__}, which is none of the zoo's processors "
             f"({', '.join(sorted(known))}): for other models use `trl sft`."
         )
-    trainer = SFTTrainer(
+    trainer = LeanSFTTrainer(
         model=model.model_name_or_path,
         args=training,
         processing_class=processor,

@@ -1,0 +1,37 @@
+"""A process of its own that opens a saved folder and answers questions: `python -m vlm_zoo.demo.reload REQUEST RESULT`.
+
+Every score in the demo's report comes from here, so from the checkpoint and not from the trainer's memory.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoProcessor
+
+from .. import AutoModelForVision2Seq, data
+from ..evaluation.answering import evaluate_rows, sample_rows
+
+
+def main(request_file: str, result_file: str) -> None:
+    """Reads `{"model", "dataset", "splits", "sample", "seed"}` and writes the scores of each split."""
+    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+    model = AutoModelForVision2Seq.from_pretrained(request["model"])
+    processor = AutoProcessor.from_pretrained(request["model"])
+    folder = str(data.path(request["dataset"]))
+    result = {}
+    for split in request["splits"]:
+        rows = sample_rows(load_dataset(folder, split=split), request["sample"], request["seed"])
+
+        def show(done: int, split=split, total=len(rows)) -> None:
+            sys.stderr.write(f"\r{split}: {done} of {total} answered")
+            sys.stderr.flush()
+
+        result[split] = evaluate_rows(model, processor, rows, seed=request["seed"], batch_size=100, progress=show)
+        sys.stderr.write("\n")
+    Path(result_file).write_text(json.dumps({name: s.to_dict() for name, s in result.items()}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

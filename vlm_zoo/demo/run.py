@@ -1,0 +1,127 @@
+"""The demo's main line: parts, build, stages, scores from a fresh process, report."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from ..building import build
+from ..registry import ZOO
+from ..version import __version__
+from .parts import enlarge, write_parts
+from .recipe import FAST, FULL, Recipe, Stage
+from .report import write_report
+from .train import train_stage
+
+
+logger = logging.getLogger(__name__)
+SPLITS = ("validation", "validation_new_artist")
+
+
+def run(out: str | os.PathLike, arch: str = "llava", *, fast: bool = False, recipe: Recipe | None = None) -> dict:
+    """
+    Builds, trains, saves, reloads, questions, and reports.
+
+    Args:
+        out: folder of the run. A run that died goes on from there.
+        arch: an architecture of the zoo.
+        fast: tiles alone, in under three minutes.
+        recipe: instead of the embedded one.
+
+    Returns:
+        What is written to `out/report.json`.
+
+    Raises:
+        ValueError: for an unknown architecture, or when `out` holds a run with other settings.
+    """
+    if f"zoo_{arch}" not in ZOO:
+        raise ValueError(f"Unknown architecture '{arch}'; the zoo has {', '.join(e.name for e in ZOO.values())}.")
+    out, recipe = Path(out), recipe or (FAST if fast else FULL)
+    claim(out, {"arch": arch, "recipe": recipe.to_dict()})
+    start = time.perf_counter()
+    vision, language = write_parts(recipe, out / "parts")
+    current = out / "built"
+    if not current.exists():
+        logger.info("Building a %s from %s and %s", arch, vision, language)
+        build(arch, vision, language, current, vision_feature_layer=-1)  # the tower has one layer, and keeps it
+    stages = []
+    for stage in recipe.stages:
+        began = time.perf_counter()
+        source = enlarge(current, stage.image_size, out / f"{stage.name}.start")
+        current = out / stage.name
+        logger.info("Stage %s on %s", stage.name, stage.dataset)
+        log = train_stage(stage, source, current, recipe.seed)
+        trained = time.perf_counter()
+        scores = scores_in_a_fresh_process(current, stage, recipe)
+        stages.append(
+            {
+                "name": stage.name,
+                "dataset": stage.dataset,
+                "training_seconds": round(trained - began, 1),
+                "evaluation_seconds": round(time.perf_counter() - trained, 1),
+                "losses": log,
+                **scores,
+            }
+        )
+        logger.info(
+            "Stage %s: accuracy %.3f, blind %.3f",
+            stage.name,
+            scores["validation"]["accuracy"],
+            scores["validation"]["blind_accuracy"],
+        )
+    last = stages[-1]["validation"]
+    report = {
+        "arch": arch,
+        "model": str(current),
+        "accuracy": last["accuracy"],
+        "blind_accuracy": last["blind_accuracy"],
+        "accuracy_by_task": {task: score["accuracy"] for task, score in last["tasks"].items()},
+        "blind_accuracy_by_task": {task: score["blind_accuracy"] for task, score in last["tasks"].items()},
+        "sample_rows": last["rows"],
+        "sample_seed": recipe.seed,
+        "new_artist_accuracy": stages[-1]["validation_new_artist"]["accuracy"],
+        "new_artist_blind_accuracy": stages[-1]["validation_new_artist"]["blind_accuracy"],
+        "seconds": round(time.perf_counter() - start, 1),
+        "versions": {"vlm-zoo": __version__, **{name: version(name) for name in ("torch", "transformers", "trl")}},
+        "recipe": recipe.to_dict(),
+        "stages": stages,
+    }
+    write_report(report, out)
+    return report
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Makes `out` the folder of a run with these settings, or goes on with the run that it holds."""
+    file = out / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if file.exists():
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if held != settings:
+            raise ValueError(
+                f"{out} holds a run with other settings (architecture '{held.get('arch')}', here '{settings['arch']}'; "
+                "or another recipe): name another --out, or delete the folder."
+            )
+        logger.info("Going on with the run in %s", out)
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no run of the demo: name another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def scores_in_a_fresh_process(folder: Path, stage: Stage, recipe: Recipe) -> dict:
+    """Runs `vlm_zoo.demo.reload` on a saved folder; its progress goes to this process's standard error."""
+    with tempfile.TemporaryDirectory() as temporary:
+        request, result = Path(temporary) / "request.json", Path(temporary) / "result.json"
+        fields = {"model": str(folder), "dataset": stage.dataset, "splits": SPLITS}
+        request.write_text(
+            json.dumps({**fields, "sample": recipe.sample, "seed": recipe.seed}), encoding="utf-8"
+        )
+        command = [sys.executable, "-m", "vlm_zoo.demo.reload", str(request), str(result)]
+        subprocess.run(command, check=True)
+        return json.loads(result.read_text(encoding="utf-8"))

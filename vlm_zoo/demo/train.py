@@ -1,0 +1,106 @@
+"""One stage of the demo: TRL's trainer on the embedded data, resumed where a run before it stopped."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig
+
+from .. import data
+from ..saving import writing_folder
+from ..training import LeanSFTTrainer, ZooDataCollator
+from .recipe import Stage
+
+
+LOG = "training_log.json"
+
+
+@dataclass
+class AugmentingCollator(ZooDataCollator):
+    """The zoo's collator over images that are moved by a few pixels and whose channels are scaled, both at random."""
+
+    shift: int = 0
+    colour: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        self.randomness = np.random.default_rng(self.seed)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.shift or self.colour:
+            examples = [{**row, "images": [self.augment(image) for image in row["images"]]} for row in examples]
+        return super().torch_call(examples)
+
+    def augment(self, image: Image.Image) -> Image.Image:
+        """One image, moved with its border repeated, each channel with its own gain and offset."""
+        pixels = np.asarray(image.convert("RGB"))
+        height, width = pixels.shape[:2]
+        down, right = self.randomness.integers(-self.shift, self.shift + 1, 2)
+        pixels = pixels[(np.arange(height) + down).clip(0, height - 1)]
+        pixels = pixels[:, (np.arange(width) + right).clip(0, width - 1)]
+        gain = 1 + self.colour * self.randomness.uniform(-1, 1, 3)
+        offset = 255 * self.colour / 2 * self.randomness.uniform(-1, 1, 3)
+        pixels = ((pixels - 128.0) * gain + 128 + offset).clip(0, 255)
+        return Image.fromarray(pixels.astype(np.uint8))
+
+
+def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> list[dict[str, float]]:
+    """
+    Trains the model in `source` and saves it, whole, to `target`.
+
+    A stage whose target exists is not trained again; one that died goes on from its last checkpoint.
+
+    Returns:
+        The trainer's log: `step` and `loss` of each entry.
+    """
+    if target.exists():
+        return json.loads((target / LOG).read_text(encoding="utf-8"))
+    working = target.with_name(f"{target.name}.working")
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_pretrained(source, trainable_parts=list(stage.train))
+    processor = AutoProcessor.from_pretrained(source)
+    rows = load_dataset(str(data.path(stage.dataset)), split="train")
+    steps = max(1, round(stage.epochs * len(rows) / stage.batch_size))
+    settings = SFTConfig(
+        output_dir=str(working),
+        max_steps=steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        assistant_only_loss=True,
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        report_to=[],
+        logging_steps=max(1, steps // 50),
+        save_steps=max(1, steps // 4),
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    collator = AugmentingCollator(processor, shift=stage.shift, colour=stage.colour, seed=seed)
+    trainer = LeanSFTTrainer(
+        model=model, args=settings, train_dataset=rows, processing_class=processor, data_collator=collator
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(working)) if working.exists() else None)
+    log = [
+        {"step": entry["step"], "loss": float(entry["loss"])} for entry in trainer.state.log_history if "loss" in entry
+    ]
+    with writing_folder(target) as path:
+        trainer.model.save_pretrained(path)
+        processor.save_pretrained(path)
+        (path / LOG).write_text(json.dumps(log), encoding="utf-8")
+        card = Path(source) / "README.md"
+        if card.exists():
+            (path / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+    return log

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, tasks and comparisons at equal backbones."""

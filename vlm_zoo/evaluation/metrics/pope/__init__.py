@@ -1,0 +1,1 @@
+"""The `pope` metric; its class is in `pope.py`, the file that `evaluate.load` reads."""
