@@ -13,6 +13,7 @@ from vlm_zoo.evaluation.metrics.exact_match.exact_match import ExactMatch
 from vlm_zoo.evaluation.metrics.pope.pope import Pope, says_yes
 from vlm_zoo.evaluation.metrics.vqa_accuracy.vqa_accuracy import VqaAccuracy, normalize_answer
 
+
 FOLDER = Path(metrics.__file__).parent
 
 

@@ -14,9 +14,9 @@ from .. import AutoModelForVision2Seq, data
 from ..evaluation.answering import evaluate_rows, sample_rows
 
 
-def main(request_file: str, result_file: str) -> None:
-    """Reads `{"model", "dataset", "splits", "sample", "seed"}` and writes the scores of each split."""
-    request = json.loads(Path(request_file).read_text(encoding="utf-8"))
+def main(request: str, result_file: str) -> None:
+    """Writes the scores of each split that `{"model", "dataset", "splits", "sample", "seed"}`, as JSON, asks for."""
+    request = json.loads(request)
     model = AutoModelForVision2Seq.from_pretrained(request["model"])
     processor = AutoProcessor.from_pretrained(request["model"])
     folder = str(data.path(request["dataset"]))
@@ -30,7 +30,9 @@ def main(request_file: str, result_file: str) -> None:
 
         result[split] = evaluate_rows(model, processor, rows, seed=request["seed"], batch_size=100, progress=show)
         sys.stderr.write("\n")
-    Path(result_file).write_text(json.dumps({name: s.to_dict() for name, s in result.items()}), encoding="utf-8")
+    whole = Path(f"{result_file}.unfinished")
+    whole.write_text(json.dumps({split: scores.to_dict() for split, scores in result.items()}), encoding="utf-8")
+    whole.rename(result_file)
 
 
 if __name__ == "__main__":

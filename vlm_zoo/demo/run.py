@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +56,7 @@ def run(out: str | os.PathLike, arch: str = "llava", *, fast: bool = False, reci
         logger.info("Stage %s on %s", stage.name, stage.dataset)
         log = train_stage(stage, source, current, recipe.seed)
         trained = time.perf_counter()
-        scores = scores_in_a_fresh_process(current, stage, recipe)
+        scores = scores_in_a_fresh_process(current, stage, recipe, out / f"{stage.name}.scores.json")
         stages.append(
             {
                 "name": stage.name,
@@ -114,14 +113,13 @@ def claim(out: Path, settings: dict) -> None:
     file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def scores_in_a_fresh_process(folder: Path, stage: Stage, recipe: Recipe) -> dict:
-    """Runs `vlm_zoo.demo.reload` on a saved folder; its progress goes to this process's standard error."""
-    with tempfile.TemporaryDirectory() as temporary:
-        request, result = Path(temporary) / "request.json", Path(temporary) / "result.json"
+def scores_in_a_fresh_process(folder: Path, stage: Stage, recipe: Recipe, result: Path) -> dict:
+    """
+    Runs `vlm_zoo.demo.reload` on a saved folder, unless `result` holds its scores already; the progress of that process
+    goes to this one's standard error.
+    """
+    if not result.exists():
         fields = {"model": str(folder), "dataset": stage.dataset, "splits": SPLITS}
-        request.write_text(
-            json.dumps({**fields, "sample": recipe.sample, "seed": recipe.seed}), encoding="utf-8"
-        )
-        command = [sys.executable, "-m", "vlm_zoo.demo.reload", str(request), str(result)]
-        subprocess.run(command, check=True)
-        return json.loads(result.read_text(encoding="utf-8"))
+        request = json.dumps({**fields, "sample": recipe.sample, "seed": recipe.seed})
+        subprocess.run([sys.executable, "-m", "vlm_zoo.demo.reload", request, str(result)], check=True)
+    return json.loads(result.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ One class serves every architecture. Its steps, in the order of the data:
 
 Resizing uint8 pixels in the memory order of decoded files ([H, W, C]) is several times faster than resizing floats or
 planes. Pictures are handled one by one: no result depends on its neighbours, and above 64 x 64 pixels a batch would be
-slower. Against transformers' PIL backends (Pillow 13) values differ by at most one 8-bit level, two in about one value
+slower. Against transformers' PIL backends (Pillow 13) values differ by at most one 8-bit level, two in one or two values
 of a million.
 
 AnyRes is LLaVA-NeXT's (https://llava-vl.github.io/blog/2024-01-30-llava-next), the padding to a square LLaVA-1.5's
@@ -127,6 +127,9 @@ _ArrowArray._fields_ = [
     ("buffers", ctypes.POINTER(ctypes.c_void_p)),
     ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
 ]
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def _borrow(image: PIL.Image.Image) -> np.ndarray | None:
@@ -140,9 +143,7 @@ def _borrow(image: PIL.Image.Image) -> np.ndarray | None:
         capsule = image.__arrow_c_array__()[1]
     except (AttributeError, ValueError):
         return None
-    address = ctypes.pythonapi.PyCapsule_GetPointer
-    address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    pixels = _ArrowArray.from_address(address(capsule, b"arrow_array"))
+    pixels = _ArrowArray.from_address(_capsule_pointer(capsule, b"arrow_array"))
     size = image.height * image.width
     if pixels.length != size or pixels.n_children != 1 or pixels.children[0].contents.length != 4 * size:
         return None
@@ -236,7 +237,8 @@ def _pad_to_square(pixels: torch.Tensor, image_mean: float | tuple[float, ...] |
     edge = max(height, width)
     mean = image_mean if isinstance(image_mean, list | tuple) else [image_mean or 0.0] * channels
     square = pixels.new_zeros(1, edge, edge, channels).permute(0, 3, 1, 2)
-    square[:, : len(mean)] = torch.tensor([int(value * 255) for value in mean]).view(-1, 1, 1)
+    for channel, value in zip(range(channels), mean, strict=False):
+        square[:, channel] = int(value * 255)
     top, left = (edge - height) // 2, (edge - width) // 2
     square[..., top : top + height, left : left + width] = pixels
     return square

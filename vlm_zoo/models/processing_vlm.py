@@ -38,8 +38,8 @@ class ZooProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         if tokenizer is not None and getattr(tokenizer, "image_token", None) is None:
             raise ValueError(
-                f"The tokenizer ({type(tokenizer).__name__}) has no named image token. Add one with "
-                "tokenizer.add_special_tokens({'image_token': '<image>'}), or let vlm_zoo.build make the processor."
+                f"The tokenizer ({type(tokenizer).__name__}) has no named image token. Load it with "
+                "AutoTokenizer.from_pretrained(folder, image_token='<image>'), or let vlm_zoo.build make the processor."
             )
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)

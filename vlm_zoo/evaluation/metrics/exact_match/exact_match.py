@@ -16,8 +16,8 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-The share of predictions equal to their reference, between 0 and 1. Whitespace around the text is no part of the answer;
-case and ASCII punctuation are, unless they are ignored by option.
+The share of predictions equal to their reference, between 0 and 1. Whitespace around the text is no part of an answer;
+case and ASCII punctuation are, unless an option ignores them.
 """
 
 _KWARGS_DESCRIPTION = """

@@ -24,9 +24,9 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): One free-form answer per question.
     references (`list[str]`): "yes" or "no", one per question.
-    categories (`list[str]`, *optional*): The sampling of the asked object, one per question (POPE: "random", "popular",
-        "adversarial"). Each gets its own five figures. Under the configuration "by_category" it is a column like the
-        other two, so that `add` and `add_batch` take it; otherwise it is an option of `compute`.
+    categories (`list[str]`, *optional*): How the asked object was sampled, one per question (POPE: "random",
+        "popular", "adversarial"). Each gets its own five figures. Under the configuration "by_category" it is a column
+        like the other two, so that `add` and `add_batch` take it; otherwise it is an option of `compute`.
 
 Returns:
     `dict`: `accuracy`, `precision`, `recall`, `f1`, `yes_ratio` (`float`) over all questions pooled and, with
@@ -34,7 +34,9 @@ Returns:
     the predictions, recall without one among the references, F1 without a true positive) is 0.
 
 Examples:
-    >>> metric.compute(predictions=["Yes, a cat.", "no", "There is not.", "Sure"], references=["yes", "yes", "no", "no"])
+    >>> metric.compute(
+    ...     predictions=["Yes, a cat.", "no", "There is not.", "Sure"], references=["yes", "yes", "no", "no"]
+    ... )
     {'accuracy': 0.5, 'precision': 0.5, 'recall': 0.5, 'f1': 0.5, 'yes_ratio': 0.5}
 """
 
@@ -48,11 +50,11 @@ def says_yes(answer: str) -> bool:
 
 
 def _scores(predicted: list[bool], actual: list[bool]) -> dict[str, float]:
-    positives = sum(p and a for p, a in zip(predicted, actual))
+    positives = sum(p and a for p, a in zip(predicted, actual, strict=True))
     precision = _ratio(positives, sum(predicted))
     recall = _ratio(positives, sum(actual))
     return {
-        "accuracy": sum(p == a for p, a in zip(predicted, actual)) / len(actual),
+        "accuracy": sum(p == a for p, a in zip(predicted, actual, strict=True)) / len(actual),
         "precision": precision,
         "recall": recall,
         "f1": _ratio(2 * precision * recall, precision + recall),

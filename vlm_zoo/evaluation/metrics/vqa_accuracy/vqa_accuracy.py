@@ -47,8 +47,8 @@ Examples:
 
 _PUNCTUATION = ';/[]"{}()=+\\_->@<`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The benchmark's pattern is `(?!<=\d)(\.)(?!\d)`, where `(?<!\d)` was surely meant. The first group never fails (a full
-# stop is no "<"), so the full stop of "3." goes as well; what is left of the pattern is:
+# The benchmark's pattern is `(?!<=\d)(\.)(?!\d)`, where `(?<!\d)` was surely meant. The first group never fails (a
+# full stop is no "<"), so the full stop of "3." goes as well; what is left of the pattern is:
 _PERIOD = re.compile(r"\.(?!\d)")
 _MAX_PERIODS = 32  # the benchmark passes re.UNICODE (= 32) in the place of `count`
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
