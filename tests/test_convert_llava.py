@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -317,6 +318,10 @@ def test_an_original_processor_pads_and_counts_as_transformers_does(tmp_path):
     assert zoo.image_token_id == len(tokenizer)
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     assert zoo.apply_chat_template(question, add_generation_prompt=True).endswith("USER: <image>\nWhat? ASSISTANT:")
+    llava.reverse(tmp_path / "zoo", tmp_path / "back")
+    back = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.get_vocab() == tokenizer.get_vocab()
+    assert same_bits(weights(tmp_path / "source" / "ckpt_bin"), weights(tmp_path / "back"))
 
 
 # --- ways back -------------------------------------------------------------------------------------------------------
@@ -335,6 +340,27 @@ def test_a_bfloat16_checkpoint_stays_bfloat16(tmp_path):
     llava.reverse(tmp_path / "zoo", tmp_path / "back", verify=False)
     assert AutoModelForVision2Seq.from_pretrained(tmp_path / "zoo").dtype == torch.bfloat16
     assert same_bits(weights(tmp_path / "source"), weights(tmp_path / "back"))
+
+
+def test_towers_whose_modules_were_renamed_since_are_read_and_written_as_on_the_hub(tmp_path):
+    model = upstream(vision="dinov2")
+    model.save_pretrained(tmp_path / "source")
+    assert "vision_tower.encoder.layer.0.attention.attention.query.weight" in weights(tmp_path / "source")
+    llava.convert(tmp_path / "source", tmp_path / "zoo")
+    llava.reverse(tmp_path / "zoo", tmp_path / "back", layout="hub")
+    assert same_bits(weights(tmp_path / "source"), weights(tmp_path / "back"))
+
+
+def test_a_config_goes_back_with_rope_in_the_fields_of_version_4(converted, tmp_path):
+    llava.reverse(converted / "next", tmp_path / "back", layout="hub", verify=False)
+    text = json.loads((tmp_path / "back" / "config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_scaling"]) == (10000.0, None)
+
+
+def test_no_word_of_the_zoo_goes_back(converted, tmp_path):
+    llava.reverse(converted / "next", tmp_path / "back", layout="hub", verify=False)
+    texts = [path.read_text().lower() for path in (tmp_path / "back").glob("*.json")]
+    assert len(texts) >= 5 and not any("zoo" in text for text in texts)
 
 
 def test_the_hub_layout_is_read_by_transformers(converted, sources, tmp_path):

@@ -58,7 +58,7 @@ VISION = {
     "image_size": 48,
     "patch_size": 16,
     "vision_use_head": False,
-    "initializer_range": 0.08,
+    "initializer_range": 0.12,
 }
 
 LANGUAGE = {
@@ -70,15 +70,15 @@ LANGUAGE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
-    "initializer_range": 0.08,
+    "initializer_range": 0.12,
 }
 
 FULL = Recipe(
     vision=VISION,
     language=LANGUAGE,
     stages=(
-        Stage("alignment", "emoji_tiles", image_size=48, epochs=10, shift=3, colour=0.3),
-        Stage("instruction", "emoji_pages", image_size=96, epochs=3),
+        Stage("alignment", "emoji_tiles", image_size=48, epochs=8, shift=3, colour=0.3),
+        Stage("instruction", "emoji_pages", image_size=96, epochs=4),
     ),
 )
 FAST = Recipe(

@@ -73,9 +73,10 @@ def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> list[dic
         max_steps=steps,
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="linear",
         warmup_steps=0.05,
-        weight_decay=0.01,
+        weight_decay=0.1,
+        adam_beta2=0.98,
         assistant_only_loss=True,
         max_length=None,
         gradient_checkpointing=False,
@@ -87,6 +88,9 @@ def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> list[dic
         save_steps=max(1, steps // 4),
         save_total_limit=1,
         dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_num_workers=1,  # rows are read and tokenised while the model computes
+        dataloader_persistent_workers=True,
+        dataloader_prefetch_factor=8,
     )
     collator = AugmentingCollator(processor, shift=stage.shift, colour=stage.colour, seed=seed)
     trainer = LeanSFTTrainer(

@@ -11,8 +11,8 @@ One class serves every architecture. Its steps, in the order of the data:
 
 Resizing uint8 pixels in the memory order of decoded files ([H, W, C]) is several times faster than resizing floats or
 planes. Pictures are handled one by one: no result depends on its neighbours, and above 64 x 64 pixels a batch would be
-slower. Against transformers' PIL backends (Pillow 13) values differ by at most one 8-bit level, two in one or two values
-of a million.
+slower. Against transformers' PIL backends (Pillow 13) values differ by at most one 8-bit level, and by two in one or
+two values of a million.
 
 AnyRes is LLaVA-NeXT's (https://llava-vl.github.io/blog/2024-01-30-llava-next), the padding to a square LLaVA-1.5's
 (https://huggingface.co/papers/2310.03744). Deviations from transformers' processors: EXIF orientation is applied to

@@ -156,7 +156,7 @@ class ZooProcessor(ProcessorMixin):
             positions = np.flatnonzero(ids == self.image_token_id)
             if len(positions) == 0:
                 continue
-            pieces, last = [], 0
+            pieces, last, repeats = [], 0, np.ones(len(ids), dtype=np.int64)
             for position in positions:
                 replacement = next(rest)
                 if replacement not in ids_of:
@@ -167,10 +167,14 @@ class ZooProcessor(ProcessorMixin):
                         else np.asarray(self.tokenizer(replacement, add_special_tokens=False)["input_ids"])
                     )
                 pieces += [ids[last:position], ids_of[replacement]]
+                repeats[position] = len(ids_of[replacement])
                 last = position + 1
             encoded["input_ids"][row] = np.concatenate([*pieces, ids[last:]]).tolist()
-            if "attention_mask" in encoded:
-                encoded["attention_mask"][row] = [1] * len(encoded["input_ids"][row])
+            for name in encoded.keys() - {"input_ids"}:  # attention_mask, and token_type_ids of those who make them
+                encoded[name][row] = np.repeat(encoded[name][row], repeats).tolist()
         if padding.get("padding") not in (None, False, "do_not_pad"):
             encoded = self.tokenizer.pad(encoded, padding_side=side, **padding)
+        if text_kwargs.get("return_tensors") is not None and len(set(map(len, encoded["input_ids"]))) == 1:
+            # torch.tensor reads a list of lists number by number; numpy is five times faster
+            return {name: np.array(rows, dtype=np.int64) for name, rows in encoded.items()}
         return dict(encoded)
