@@ -735,6 +735,16 @@ def test_an_index_that_disagrees_with_its_files_is_refused(source, tmp_path):
     assert problems["not in the index"] == [f"{names[0]} in weights.safetensors"]
 
 
+def test_a_config_cannot_write_outside_the_destination(tmp_path):
+    shutil.copytree(ORACLES / "llava_next_unpad", tmp_path / "source")
+    path = tmp_path / "source" / "ckpt_safetensors" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mm_vision_tower": "../../clip-tiny"}))
+    llava.convert(tmp_path / "source", tmp_path / "zoo", verify=False)
+    llava.reverse(tmp_path / "zoo", tmp_path / "back", verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "zoo", "back"}
+    assert (tmp_path / "back" / "clip-tiny" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_a_truncated_file_is_refused(suffix, source, tmp_path):
     path = source / "model.safetensors"

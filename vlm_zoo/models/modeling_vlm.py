@@ -537,9 +537,9 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
 
     # --- generate ------------------------------------------------------------------------------------------------
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*VISION_INPUTS, "mm_encoder_outputs"):

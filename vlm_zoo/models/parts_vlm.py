@@ -18,8 +18,7 @@ def build_part(config: PreTrainedConfig, role: str) -> PreTrainedModel:
         return AutoModel.from_config(config)
     except ValueError as error:
         raise ValueError(
-            f"The {role} of model type '{config.model_type}' ({type(config).__name__}) is not one that "
-            "AutoModel builds."
+            f"The {role} of model type '{config.model_type}' ({type(config).__name__}) cannot be built: {error}"
         ) from error
 
 

@@ -1,0 +1,815 @@
+"""LLaVA checkpoints to the zoo and back.
+
+    python -m conversion.llava SRC DST                to the zoo, verified; DST/parity.json holds the proof
+    python -m conversion.llava SRC --dry-run          show which tensor becomes which
+    python -m conversion.llava SRC DST --verify       prove a conversion that exists already
+    python -m conversion.llava DST BACK --reverse     back to the source's layout, bit for bit
+
+SRC is a folder or a hub id in one of these formats:
+
+    transformers    LlavaForConditionalGeneration and LlavaNextForConditionalGeneration, with the tensor names of
+                    version 5 or of version 4 (those found on the Hub)
+    the original    LLaVA 1.0, 1.5 and 1.6 (model_type llava_llama, llava_mistral or llava_qwen), its vision tower
+                    among the tensors, in a folder beside them, or named by --vision-tower
+
+Where a format and the zoo differ, the config says so and the numbers stay the source's:
+
+    "default" drops exactly one token in transformers, whatever the tower: num_prefix_tokens is 1 for all of them.
+    transformers' class has a plain head: logit scales and soft caps of the language model's config are switched off.
+    The original has no image token (its id is -200): one is added behind the vocabulary, with the mean embedding.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
+
+from vlm_zoo.models.image_processing_vlm import ZooImageProcessor, select_best_resolution
+from vlm_zoo.models.llava import ZooLlavaConfig, ZooLlavaForConditionalGeneration, ZooLlavaProcessor
+from vlm_zoo.models.parts_vlm import measure_tower
+
+from . import engine, llava_original, parity
+from .engine import ConversionError, Plan, Table, Target, TensorInfo
+
+
+logger = logging.getLogger(__name__)
+
+# model_type: config, model, processor
+FORMATS = {
+    "llava": (LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor),
+    "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+
+FROM_TRANSFORMERS: Table = (
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)$", r"model.vision_tower.\1"),
+    (r"^(?:model\.)?multi_modal_projector\.linear_1\.(weight|bias)$", r"model.connector.layers.0.\1"),
+    (r"^(?:model\.)?multi_modal_projector\.linear_2\.(weight|bias)$", r"model.connector.layers.1.\1"),
+    (r"^(?:model\.)?image_newline$", "model.connector.image_newline"),
+    (r"^(?:(?:model\.)?language_model\.model|model\.language_model)\.(.+)$", r"model.language_model.\1"),
+    (r"^(?:language_model\.)?lm_head\.(weight|bias)$", r"lm_head.\1"),
+)
+TO_HUB: Table = (
+    (r"^model\.vision_tower\.(.+)$", r"vision_tower.\1"),
+    (r"^model\.connector\.layers\.0\.(.+)$", r"multi_modal_projector.linear_1.\1"),
+    (r"^model\.connector\.layers\.1\.(.+)$", r"multi_modal_projector.linear_2.\1"),
+    (r"^model\.connector\.image_newline$", "image_newline"),
+    (r"^model\.language_model\.(.+)$", r"language_model.model.\1"),
+    (r"^lm_head\.(.+)$", r"language_model.lm_head.\1"),
+)
+# Towers that version 4 kept inside a `vision_model`; version 5 reads the name and drops it.
+TO_HUB_WRAPPED: Table = ((r"^model\.vision_tower\.(.+)$", r"vision_tower.vision_model.\1"), *TO_HUB[1:])
+WRAPPED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+
+# Buffers that old files carry: computed at construction, read by no model.
+IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$")
+
+
+def zoo_target(config: ZooLlavaConfig) -> Target:
+    """What the zoo's model asks for; the tensors of the uncut tower that it does not build are `unused`."""
+    with torch.device("meta"):
+        model = ZooLlavaForConditionalGeneration(config)
+        tower = AutoModel.from_config(config.vision_config)
+    parts = {"model.vision_tower.": tower, "model.language_model.": model.model.language_model}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    whole = {f"model.vision_tower.{name}": tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
+    return Target(
+        wanted=wanted,
+        unused={name: shape for name, shape in whole.items() if name not in wanted},
+        tied=dict(model._tied_weights_keys) if config.tie_word_embeddings else {},
+        ignored=IGNORED,
+        renamings={prefix: engine.renamings_of(part) for prefix, part in parts.items()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAME_FIELDS = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "projector_hidden_act",
+    "multimodal_projector_bias",
+    "tie_word_embeddings",
+    "dtype",
+)
+# What a language model's own head does to its logits, and the value with which it does nothing.
+HEAD_FIELDS = {
+    "logit_scale": 1.0,
+    "output_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "final_logit_softcapping": None,
+}
+
+
+def zoo_config(source: LlavaConfig | LlavaNextConfig) -> ZooLlavaConfig:
+    """The zoo's config of a model of transformers."""
+    vision_config, text_config = copy.deepcopy(source.vision_config), copy.deepcopy(source.text_config)
+    for name, neutral in HEAD_FIELDS.items():
+        if getattr(text_config, name, None) is not None:
+            setattr(text_config, name, neutral)
+    prefix = 1 if source.vision_feature_select_strategy == "default" else measure_tower(vision_config)[1]
+    tiled = {}
+    if isinstance(source, LlavaNextConfig):
+        tiled = {"image_grid_pinpoints": [list(pinpoint) for pinpoint in source.image_grid_pinpoints]}
+    return ZooLlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=source.image_token_id,
+        num_prefix_tokens=prefix,
+        projector_num_layers=2,
+        merge_type="spatial_unpad",
+        architectures=["ZooLlavaForConditionalGeneration"],
+        **{name: getattr(source, name) for name in SAME_FIELDS},
+        **tiled,
+    )
+
+
+def transformers_config(config: ZooLlavaConfig) -> LlavaConfig | LlavaNextConfig:
+    """transformers' config of a zoo model; raises `ConversionError` where transformers has no such model."""
+    patches, prefix = measure_tower(config.vision_config)
+    strategy, tiled = config.vision_feature_select_strategy, config.image_grid_pinpoints is not None
+    dropped = config.num_prefix_tokens if strategy == "default" else 0
+    reasons = []
+    if config.projector_num_layers != 2:
+        reasons.append(f"projector_num_layers is {config.projector_num_layers}, it always has 2")
+    if tiled and config.merge_type != "spatial_unpad":
+        reasons.append(f"merge_type is '{config.merge_type}', it only knows 'spatial_unpad'")
+    if dropped > 1:
+        reasons.append(f"num_prefix_tokens is {dropped}, it drops one token at most")
+    if reasons:
+        raise ConversionError(f"transformers' LLaVA cannot hold this model: {'; '.join(reasons)}.")
+    fields = {name: getattr(config, name) for name in SAME_FIELDS}
+    fields |= {
+        "vision_config": copy.deepcopy(config.vision_config),
+        "text_config": copy.deepcopy(config.text_config),
+        "image_token_index": config.image_token_id,
+        "image_seq_length": patches + prefix - dropped,
+        "vision_feature_select_strategy": "default" if dropped else "full",
+    }
+    if tiled:
+        model_class = LlavaNextForConditionalGeneration
+        return LlavaNextConfig(
+            image_grid_pinpoints=config.image_grid_pinpoints, architectures=[model_class.__name__], **fields
+        )
+    return LlavaConfig(architectures=[LlavaForConditionalGeneration.__name__], **fields)
+
+
+def hub_config(config: LlavaConfig | LlavaNextConfig) -> dict:
+    """The config as JSON that versions 4 and 5 read: RoPE in the fields of version 4 where they can hold it."""
+    content = config.to_dict()
+    text = content["text_config"]
+    rope = text.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        text["rope_theta"] = rope["rope_theta"]
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        text["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        del text["rope_parameters"]
+    return content
+
+
+def settings_of(config: PreTrainedConfig) -> dict:
+    """The config's content without what saving and loading add."""
+    transient = ("auto_map", "architectures", "transformers_version", "_name_or_path")
+    return {name: value for name, value in config.to_dict().items() if name not in transient}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------------------------------------------------
+
+PIXEL_FIELDS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+IMAGE_PROCESSORS = (
+    "CLIPImageProcessor",
+    "LlavaImageProcessor",
+    "LlavaNextImageProcessor",
+    "SiglipImageProcessor",
+    "BitImageProcessor",
+    "ViTImageProcessor",
+)
+
+
+def zoo_image_processor(source) -> ZooImageProcessor:
+    """The zoo's image processor with the settings of one of transformers."""
+    kind = type(source).__name__.removesuffix("Pil").removesuffix("Fast")
+    if kind not in IMAGE_PROCESSORS:
+        raise ConversionError(
+            f"The source's image processor is a {type(source).__name__}; known are {', '.join(IMAGE_PROCESSORS)}."
+        )
+    settings = source.to_dict()
+    fields = {name: settings[name] for name in PIXEL_FIELDS if settings.get(name) is not None}
+    fields["do_center_crop"] = bool(settings.get("do_center_crop"))
+    if kind == "LlavaImageProcessor":
+        fields["do_pad_to_square"] = bool(settings.get("do_pad"))
+    if kind == "LlavaNextImageProcessor":
+        fields["do_pad"] = bool(settings.get("do_pad"))
+        fields["image_grid_pinpoints"] = settings["image_grid_pinpoints"]
+    return ZooImageProcessor(**fields)
+
+
+def zoo_processor(source: LlavaProcessor | LlavaNextProcessor, config: ZooLlavaConfig) -> ZooLlavaProcessor:
+    """The zoo's processor for a model of this config, with the tokens and pixels of transformers' processor."""
+    return assemble_processor(
+        zoo_image_processor(source.image_processor),
+        source.tokenizer,
+        config,
+        image_token=source.image_token,
+        chat_template=source.chat_template or source.tokenizer.chat_template,
+    )
+
+
+def assemble_processor(
+    image_processor: ZooImageProcessor, tokenizer, config: ZooLlavaConfig, image_token: str, chat_template: str | None
+) -> ZooLlavaProcessor:
+    """Names the image token, and counts what the model's features are."""
+    if getattr(tokenizer, "image_token", None) != image_token:
+        tokenizer = engine.name_image_token(tokenizer, image_token)
+    found = tokenizer.convert_tokens_to_ids(image_token)
+    if found != config.image_token_id:
+        raise ConversionError(
+            f"The tokenizer's '{image_token}' is {found}, the model's image_token_id is {config.image_token_id}: "
+            "tokenizer and model belong to different checkpoints."
+        )
+    fields = ZooLlavaProcessor.fields_from(config)
+    if config.vision_feature_select_strategy == "default":
+        # One token goes from each view; where the tower has none or several of them, placeholders are counted so.
+        left = measure_tower(config.vision_config)[1] - config.num_prefix_tokens
+        if left:
+            fields |= {"vision_feature_select_strategy": "full", "num_prefix_tokens": left}
+    return ZooLlavaProcessor(image_processor, tokenizer, chat_template=chat_template, **fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPT = "What is shown here? IMAGE\nAnd what is beside it? "
+
+
+@dataclass
+class Source:
+    """
+    An upstream checkpoint that was looked at and not read yet.
+
+    name: as it was given.
+    folder: where its config and weights are.
+    raw_config: its `config.json`.
+    config: the zoo's config of it.
+    tensors, plan: what it holds, and where each tensor goes.
+    load: builds its own implementation, which is called `implementation`.
+    processor: builds its own processor from a tokenizer's and an image processor's folder.
+    image_processor_folder: where its image processor is.
+    grown: whether the image token was added to its vocabulary.
+    """
+
+    name: str
+    folder: Path
+    raw_config: dict
+    config: ZooLlavaConfig
+    tensors: Mapping[str, TensorInfo]
+    plan: Plan
+    load: Callable[[], nn.Module]
+    implementation: str
+    processor: Callable[[Path, Path], LlavaProcessor | LlavaNextProcessor]
+    image_processor_folder: Path
+    grown: bool = False
+    edits: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many logits the source has, where the zoo has more."""
+        return self.raw_config["vocab_size"] if self.grown else None
+
+
+def open_source(name: str | Path, vision_tower: str | None = None, tokenizer: str | None = None) -> Source:
+    """
+    Looks at a checkpoint: finds its format, maps its config, and plans where its tensors go.
+
+    Args:
+        name: folder or hub id; a folder whose one subfolder is the checkpoint will do.
+        vision_tower: folder or hub id of the tower of an original checkpoint, where it is not found beside it.
+        tokenizer: folder or hub id of the tokenizer, where the checkpoint has none.
+    """
+    folder = engine.checkpoint_folder(engine.local_folder(name), {*FORMATS, *llava_original.TEXT_TYPES})
+    raw_config = engine.read_json(folder / "config.json")
+    if llava_original.is_original(raw_config):
+        return _open_original(str(name), folder, raw_config, vision_tower, tokenizer)
+    if raw_config.get("model_type") not in FORMATS:
+        known = ", ".join([*FORMATS, "the original's"])
+        raise ConversionError(f"{name} is of model type '{raw_config.get('model_type')}'; this script reads {known}.")
+    return _open_transformers(str(name), folder, raw_config)
+
+
+def _open_transformers(name: str, folder: Path, raw_config: dict) -> Source:
+    config_class, model_class, processor_class = FORMATS[raw_config["model_type"]]
+    config = zoo_config(config_class.from_pretrained(folder))
+    tensors = engine.read_checkpoint(folder)
+
+    def processor(tokenizer: Path, image_processor: Path):
+        if tokenizer == image_processor == folder:
+            return processor_class.from_pretrained(folder, trust_remote_code=False)
+        return processor_class(
+            AutoImageProcessor.from_pretrained(image_processor, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
+        )
+
+    return Source(
+        name=name,
+        folder=folder,
+        raw_config=raw_config,
+        config=config,
+        tensors=tensors,
+        plan=engine.plan_tensors(tensors, FROM_TRANSFORMERS, zoo_target(config), name),
+        load=lambda: parity.load_strictly(model_class, folder),
+        implementation=f"transformers' {model_class.__name__}",
+        processor=processor,
+        image_processor_folder=folder,
+    )
+
+
+def _open_original(
+    name: str, folder: Path, raw_config: dict, vision_tower: str | None, tokenizer: str | None
+) -> Source:
+    tower = llava_original.find_tower(folder, raw_config, vision_tower)
+    tensors = engine.read_checkpoint(folder)
+    if not any(key.startswith("model.vision_tower.") for key in tensors):
+        tensors |= llava_original.tower_tensors(tower)
+    words, image_token_id = engine.local_folder(tokenizer) if tokenizer else folder, raw_config["vocab_size"]
+    if engine.has_tokenizer(words):
+        image_token_id = llava_original.read_tokenizer(words).image_token_id
+    config = llava_original.zoo_config(raw_config, llava_original.tower_config(tower), image_token_id)
+    target, rows = zoo_target(config), config.text_config.vocab_size
+    target.ignored = (*target.ignored, *llava_original.IGNORED)
+    grown = rows > raw_config["vocab_size"]
+    shapes = (
+        {key: (raw_config["vocab_size"], *target.wanted[key][1:]) for key in llava_original.GROWN} if grown else {}
+    )
+    return Source(
+        name=name,
+        folder=folder,
+        raw_config=raw_config,
+        config=config,
+        tensors=tensors,
+        plan=engine.plan_tensors(tensors, llava_original.FROM_ORIGINAL, target, name, shapes),
+        load=lambda: llava_original.OriginalLlava(raw_config, config, tensors, folder),
+        implementation="what LLaVA's code computes, on transformers' tower and language model",
+        processor=lambda words, pixels: llava_original.read_processor(words, pixels, raw_config),
+        image_processor_folder=tower,
+        grown=grown,
+        edits=dict.fromkeys(shapes, llava_original.grow(rows)),
+    )
+
+
+def source_processor(
+    source: Source, tokenizer: str | None = None, image_processor: str | None = None
+) -> LlavaProcessor | LlavaNextProcessor | None:
+    """
+    The source's own processor; `None`, with a warning that names what is missing, where its files are not there.
+
+    Args:
+        tokenizer, image_processor: folders or hub ids to take instead of the source's own.
+    """
+    words = engine.local_folder(tokenizer) if tokenizer else source.folder
+    pixels = engine.local_folder(image_processor) if image_processor else source.image_processor_folder
+    missing = engine.missing_parts(words, pixels)
+    if missing:
+        logger.warning(
+            "%s has no %s: the model is converted, no processor is written; %s can name what is missing.",
+            source.name,
+            " and no ".join(missing),
+            " and ".join(f"--{part.replace(' ', '-')}" for part in missing),
+        )
+        return None
+    processor = source.processor(words, pixels)
+    # Old files leave it to the model how many tokens an image has.
+    processor.patch_size = source.config.vision_config.patch_size
+    processor.vision_feature_select_strategy = source.config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = measure_tower(source.config.vision_config)[1]
+    return processor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To the zoo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def convert(
+    name: str | Path,
+    destination: str | Path,
+    *,
+    verify: bool = True,
+    tokenizer: str | None = None,
+    image_processor: str | None = None,
+    vision_tower: str | None = None,
+    shard_bytes: int = engine.SHARD_BYTES,
+) -> dict | None:
+    """
+    Converts a checkpoint to a zoo folder.
+
+    Args:
+        name: folder or hub id of the source.
+        destination: a folder that does not exist yet, or is empty.
+        verify: run source and result on the same inputs and write `parity.json`.
+        tokenizer, image_processor, vision_tower: folders or hub ids of what the source does not hold itself.
+        shard_bytes: size at which a new shard begins.
+
+    Returns:
+        The parity report, `None` without `verify`.
+
+    Raises:
+        ConversionError: the source cannot be read completely, or the result differs from it. `destination` is then
+            left as it was, and `<destination>.parity.json` says where they differ.
+    """
+    source = open_source(name, vision_tower, tokenizer)
+    processor = source_processor(source, tokenizer, image_processor)
+    with engine.staged(Path(destination)) as folder:
+        engine.write_converted(folder, source.tensors, source.plan, shard_bytes=shard_bytes, edits=source.edits)
+        source.config.save_pretrained(folder)
+        own, written = source.folder / "generation_config.json", folder / "generation_config.json"
+        if own.is_file():
+            engine.suppress_image_token(own, written, source.config.image_token_id)
+        else:
+            with torch.device("meta"):
+                ZooLlavaForConditionalGeneration(source.config).generation_config.save_pretrained(folder)
+        if processor is not None:
+            zoo_processor(processor, source.config).save_pretrained(folder)
+        record = {"source": source.name, "config": source.raw_config, "names": source.plan.names}
+        engine.write_json(folder / engine.RECORD, {**record, "versions": parity.versions()})
+        report, proof = None, "The result was not verified."
+        if verify:
+            report = prove(source, folder, processor)
+            if not report["passed"]:
+                parity.file_report(report, failed_path(destination))
+            parity.file_report(report, folder / parity.REPORT)
+            proof = f"Compared with {report['compared_with']}:\n\n```\n{parity.table(report)}\n```"
+        card = engine.model_card(source.name, source.raw_config["model_type"], "zoo_llava", "llava", proof)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return report
+
+
+def failed_path(destination: str | Path) -> Path:
+    """Where the report of a conversion goes that did not pass."""
+    destination = Path(destination).absolute()
+    return destination.with_name(f"{destination.name}.{parity.REPORT}")
+
+
+def verify(name: str | Path, converted: str | Path, *, vision_tower: str | None = None, **substitutes) -> dict:
+    """
+    Proves a conversion that exists and writes its `parity.json` anew; `ConversionError` where the two differ.
+
+    Args:
+        name: folder or hub id of the source.
+        converted: the zoo folder.
+        vision_tower: as for `convert`.
+        substitutes: `tokenizer` and `image_processor`, as for `convert`.
+    """
+    source = open_source(name, vision_tower, substitutes.get("tokenizer"))
+    report = prove(source, Path(converted), source_processor(source, **substitutes))
+    parity.file_report(report, Path(converted) / parity.REPORT)
+    return report
+
+
+def zoo_from_transformers(
+    model: LlavaForConditionalGeneration | LlavaNextForConditionalGeneration,
+) -> ZooLlavaForConditionalGeneration:
+    """
+    The zoo's model with the weights of a model of transformers, in memory: same dtype, device, mode and attention.
+
+    The weights are copies; the two models share nothing.
+    """
+    config = zoo_config(model.config)
+    target, state = zoo_target(config), model.state_dict()
+    infos = {
+        name: TensorInfo(Path(), name, tuple(tensor.shape), tensor.dtype)
+        for name, tensor in state.items()
+        if engine.rename(name, FROM_TRANSFORMERS) not in target.tied  # listed under both of its names
+    }
+    plan = engine.plan_tensors(infos, FROM_TRANSFORMERS, target, type(model).__name__)
+    zoo = ZooLlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict={plan.names[name]: state[name].clone() for name in plan.kept()},
+        dtype=model.dtype,
+        attn_implementation={
+            "": model.config._attn_implementation,
+            "vision_config": model.config.vision_config._attn_implementation,
+            "text_config": model.config.text_config._attn_implementation,
+        },
+    )
+    return zoo.to(model.device).train(model.training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prove(source: Source, folder: Path, processor=None) -> dict:
+    """
+    Runs the source's implementation and the zoo's on the same inputs.
+
+    Args:
+        source: the checkpoint.
+        folder: what it was converted to.
+        processor: the source's processor; with it, ids and pixels of random images are compared too, and are the
+            inputs. Without it they are random.
+
+    Returns:
+        The report, `passed` or not.
+    """
+    config, before, decode = source.config, [], None
+    rows, inputs = (lambda model: random_rows(model, config)), "random pixels and ids"
+    if processor is not None:
+        zoo, prompt = ZooLlavaProcessor.from_pretrained(folder), PROMPT.replace("IMAGE", processor.image_token)
+        tower_size = config.vision_config.image_size
+        before, rows = parity.compare_processors(processor, zoo, prompt, probe_sizes(config), tower_size)
+        decode, inputs = processor.decode, "random images through the source's processor"
+    results = parity.compare_models(
+        source.load, lambda: _load_zoo(folder), config, rows, decode=decode, vocab_size=source.vocab_size
+    )
+    return parity.make_report(source.name, source.implementation, inputs, results, before)
+
+
+def _load_zoo(folder: Path) -> ZooLlavaForConditionalGeneration:
+    return parity.load_strictly(ZooLlavaForConditionalGeneration, folder)
+
+
+def probe_sizes(config: ZooLlavaConfig) -> list[tuple[int, int]]:
+    """Heights and widths that are treated differently: the tower's own, wide, tall, small."""
+    size = config.vision_config.image_size
+    return [(size, size), (size + size // 2, 3 * size), (2 * size + 1, size + 3), (size // 2 + 1, size // 2 + 2)]
+
+
+def random_rows(model: nn.Module, config: ZooLlavaConfig) -> list[parity.Row]:
+    """Random pixels and ids; the source itself says how many tokens an image has."""
+    generator = torch.Generator().manual_seed(0)
+    size, channels = config.vision_config.image_size, config.vision_config.num_channels
+    text = config.text_config
+    special = {config.image_token_id, text.pad_token_id, text.bos_token_id, text.eos_token_id}
+    plain = torch.tensor([index for index in range(min(text.vocab_size, 30000)) if index not in special])
+    rows = []
+    for image_size in probe_sizes(config):
+        views, vision_inputs = (1,), {}
+        if config.image_grid_pinpoints is not None:
+            height, width = select_best_resolution(image_size, config.image_grid_pinpoints)
+            views = (1, 1 + (height // size) * (width // size))
+            vision_inputs = {"image_sizes": torch.tensor([image_size])}
+        vision_inputs["pixel_values"] = torch.randn(*views, channels, size, size, generator=generator)
+        with torch.no_grad():
+            count = len(model.get_image_features(**vision_inputs, return_dict=True).pooler_output[0])
+        before, after = (plain[torch.randint(len(plain), (1, length), generator=generator)] for length in (4, 6))
+        ids = torch.cat((before, torch.full((1, count), config.image_token_id), after), dim=1)
+        rows.append(parity.Row({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, vision_inputs))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Return:
+    """
+    The way back of a zoo folder.
+
+    config: the zoo's config.
+    raw_config: the `config.json` to write.
+    tensors: what is read for each new name.
+    edits: what happens to a tensor between reading and writing.
+    original: whether the layout is LLaVA's own.
+    """
+
+    config: ZooLlavaConfig
+    raw_config: dict
+    tensors: dict[str, TensorInfo]
+    edits: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+    original: bool
+
+
+def reverse(
+    name: str | Path,
+    destination: str | Path,
+    *,
+    layout: str = "source",
+    origin: str | None = None,
+    verify: bool = True,
+    shard_bytes: int = engine.SHARD_BYTES,
+) -> dict | None:
+    """
+    Converts a zoo folder back to the format that it came from.
+
+    Args:
+        name: the zoo folder.
+        destination: a folder that does not exist yet, or is empty.
+        layout: `"source"` writes the names that the source had, `"hub"` those of transformers 4, which versions 4
+            and 5 read; a folder that never was converted has no source, and gets the latter.
+        origin: the folder of the first conversion, where `name` is a later state of the model (trained, saved again)
+            without the side files.
+        verify: run both on the same inputs and write `parity.json`.
+        shard_bytes: size at which a new shard begins.
+
+    Returns:
+        The parity report, `None` without `verify`.
+
+    Raises:
+        ConversionError: the format has no such model, or tensors that it asks for are nowhere.
+    """
+    zoo_folder = engine.local_folder(name)
+    back = plan_reverse(zoo_folder, engine.local_folder(origin or name), layout)
+    tower = {key: info for key, info in back.tensors.items() if key.startswith(llava_original.APART)}
+    rest = {key: info for key, info in back.tensors.items() if key not in tower}
+    with engine.staged(Path(destination)) as folder:
+        engine.write_shards(folder, rest, shard_bytes=shard_bytes, edits=back.edits)
+        engine.write_json(folder / "config.json", back.raw_config)
+        if (zoo_folder / "generation_config.json").is_file():
+            written = folder / "generation_config.json"
+            engine.allow_image_token(zoo_folder / written.name, written, back.config.image_token_id)
+        if back.original:
+            llava_original.write_tower(folder, back.raw_config, back.config.vision_config, tower)
+        if not engine.missing_parts(zoo_folder, zoo_folder):
+            write_processor(zoo_folder, folder, back)
+        report = None
+        if verify:
+            source = open_source(folder)
+            results = parity.compare_models(
+                source.load,
+                lambda: _load_zoo(zoo_folder),
+                back.config,
+                lambda model: random_rows(model, back.config),
+                vocab_size=source.vocab_size,
+            )
+            report = parity.make_report(str(name), source.implementation, "random pixels and ids", results)
+            if not report["passed"]:
+                parity.file_report(report, failed_path(destination))
+            parity.file_report(report, folder / parity.REPORT)
+    return report
+
+
+def plan_reverse(zoo_folder: Path, home: Path, layout: str) -> Return:
+    """Finds every tensor of the way back, and its name there; `home` is the folder of the first conversion."""
+    config = ZooLlavaConfig.from_pretrained(zoo_folder)
+    tensors, side = engine.read_checkpoint(zoo_folder), home / engine.DROPPED
+    if side.is_file():
+        tensors |= engine.read_file(side)
+    target = zoo_target(config)
+    whole = Target({**target.wanted, **target.unused}, tied=target.tied, ignored=(*IGNORED, *llava_original.IGNORED))
+    hint = "" if side.is_file() else f" ({home} has no {side.name}: --origin names the folder of the first conversion)"
+    engine.plan_tensors(tensors, ((r"^", ""),), whole, f"{zoo_folder}{hint}")
+    tensors |= {name: tensors[twin] for name, twin in target.tied.items() if name not in tensors}
+    if layout == "source" and (home / engine.RECORD).is_file():
+        return _to_source(config, tensors, target, engine.read_json(home / engine.RECORD))
+    table = TO_HUB_WRAPPED if config.vision_config.model_type in WRAPPED_TOWERS else TO_HUB
+    kept = [name for name in tensors if name in whole.wanted and name not in target.tied]
+    return Return(
+        config=config,
+        raw_config=hub_config(transformers_config(config)),
+        tensors={engine.rename(target.former(name), table): tensors[name] for name in kept},
+        edits={},
+        original=False,
+    )
+
+
+def _to_source(config: ZooLlavaConfig, tensors: dict[str, TensorInfo], target: Target, record: dict) -> Return:
+    names, raw_config = record["names"], record["config"]
+    new = [name for name in tensors if name not in names.values() and name not in target.tied]
+    if new:
+        raise ConversionError(f"{record['source']} never had these tensors, use --layout hub:", {"unknown": new})
+    found = {name: tensors[renamed] for name, renamed in names.items()}
+    original = llava_original.is_original(raw_config)
+    if original:
+        before = llava_original.zoo_config(raw_config, config.vision_config, config.image_token_id)
+    else:
+        before = zoo_config(FORMATS[raw_config["model_type"]][0].from_dict(copy.deepcopy(raw_config)))
+    unchanged = settings_of(before) == settings_of(config)
+    if original and not unchanged:
+        raise ConversionError(f"The config is no longer that of {record['source']}, use --layout hub.")
+    edits = {}
+    if original and config.text_config.vocab_size > raw_config["vocab_size"]:
+        cut = llava_original.shrink(raw_config["vocab_size"])
+        edits = {name: cut for name, renamed in names.items() if renamed in llava_original.GROWN}
+    content = raw_config if unchanged else hub_config(transformers_config(config))
+    return Return(config, content, found, edits, original)
+
+
+def write_processor(zoo_folder: Path, folder: Path, back: Return) -> None:
+    """Writes tokenizer, image processor and processor in files that transformers 4 and 5 read."""
+    processor, config = ZooLlavaProcessor.from_pretrained(zoo_folder), back.config
+    engine.write_hub_tokenizer(processor.tokenizer, folder)
+    settings = processor.image_processor.to_dict()
+    fields = {name: settings[name] for name in (*PIXEL_FIELDS, "do_center_crop")}
+    kind, tiled = "CLIPImageProcessor", config.image_grid_pinpoints is not None
+    if back.original:
+        if back.edits:
+            engine.forget_image_token(folder, processor.image_token)
+        home = folder / llava_original.tower_name(back.raw_config)
+        engine.write_json(home / "preprocessor_config.json", {"image_processor_type": kind, **fields})
+        return
+    if tiled:
+        kind = "LlavaNextImageProcessor"
+        fields |= {"do_pad": settings["do_pad"], "image_grid_pinpoints": settings["image_grid_pinpoints"]}
+        if not settings["do_center_crop"]:
+            fields["crop_size"] = settings["size"]  # it is the tile's size, cropped or not
+    elif settings["do_pad_to_square"]:
+        kind = "LlavaImageProcessor"
+        fields["do_pad"] = True
+    elif not settings["do_center_crop"]:
+        kind = "SiglipImageProcessor"
+    shared = {"processor_class": FORMATS[back.raw_config["model_type"]][2].__name__}
+    engine.write_json(folder / "preprocessor_config.json", {"image_processor_type": kind, **fields, **shared})
+    engine.write_json(
+        folder / "processor_config.json",
+        {
+            "image_token": processor.image_token,
+            "num_additional_image_tokens": measure_tower(config.vision_config)[1],
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": back.raw_config["vision_feature_select_strategy"],
+            **shared,
+        },
+    )
+    if processor.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(processor.chat_template, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def job(options: argparse.Namespace) -> str:
+    """Does what the command line asks for and returns what there is to say about it."""
+    shard_bytes = int(options.shard_size * 1e9)
+    if options.reverse:
+        folder = engine.local_folder(options.source)
+        if options.dry_run:
+            back = plan_reverse(folder, engine.local_folder(options.origin or folder), options.layout)
+            return "\n".join(f"{info.name} -> {name}" for name, info in back.tensors.items())
+        report = reverse(
+            folder,
+            options.destination,
+            layout=options.layout,
+            origin=options.origin,
+            verify=not options.no_verify,
+            shard_bytes=shard_bytes,
+        )
+    elif options.dry_run:
+        source = open_source(options.source, options.vision_tower, options.tokenizer)
+        return engine.describe_plan(source.tensors, source.plan)
+    else:
+        substitutes = {name: getattr(options, name) for name in ("tokenizer", "image_processor", "vision_tower")}
+        if options.verify and (Path(options.destination) / "config.json").is_file():
+            report = verify(options.source, options.destination, **substitutes)
+        else:
+            report = convert(
+                options.source,
+                options.destination,
+                verify=not options.no_verify,
+                shard_bytes=shard_bytes,
+                **substitutes,
+            )
+    return f"{options.destination} is written, not verified." if report is None else parity.table(report)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
+    parser = engine.command_line("conversion.llava", __doc__)
+    parser.add_argument("--vision-tower", help="folder or hub id of the tower of an original checkpoint")
+    return engine.run(parser, job, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
