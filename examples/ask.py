@@ -2,8 +2,8 @@
 
     python examples/ask.py runs/demo/instruction page.png "What is in the top left?"
 
-The folder is opened by the installed zoo. Without the zoo, `transformers.AutoModelForImageTextToText.from_pretrained(folder,
-trust_remote_code=True)` opens the same folder.
+The folder is opened by the installed zoo. Without the zoo,
+`transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` opens the same folder.
 """
 
 import argparse

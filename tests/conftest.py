@@ -8,10 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="vlm-zoo-tests-"))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pytest  # noqa: E402 -- the environment is read when the libraries are imported
-import torch  # noqa: E402
+import pytest
+import torch
 
-from vlm_zoo.testing import tiny_model, tiny_processor  # noqa: E402
+from vlm_zoo.testing import tiny_model, tiny_processor
 
 
 torch.set_num_threads(1)  # tiny models lose time to thread pools

@@ -159,6 +159,16 @@ def test_a_cut_tower_gives_the_features_of_the_whole(vision, layer, subject):
     torch.testing.assert_close(model.model.see(pixels)[1], expected)
 
 
+@pytest.mark.parametrize("vision", TINY_VISION)
+@pytest.mark.parametrize("layer", [-1, -2, [1, -1]])
+def test_every_parameter_gets_a_gradient(vision, layer):
+    model = tiny_model("zoo_llava", vision=vision, vision_feature_layer=layer).train()
+    subject = Subject(model, tiny_processor("zoo_llava", model.config), tolerance=1e-5)
+    batch = subject.batch(subject.ragged, side="right")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def test_layers_after_the_last_used_one_are_not_built():
     model = tiny_model("zoo_llava", vision_feature_layer=1)
     holder, name = model.model.vision_tower.encoder, "layers"
@@ -199,7 +209,7 @@ def test_parts_that_automodel_cannot_build_are_named():
     class UnknownConfig(type(AutoConfig.for_model("llama"))):
         model_type = "no_such_model"
 
-    with pytest.raises(ValueError, match="vision tower of model type 'no_such_model'.*cannot be built"):
+    with pytest.raises(ValueError, match=r"vision tower of model type 'no_such_model'.*cannot be built"):
         build_part(UnknownConfig(), "vision tower")
 
 
@@ -319,7 +329,7 @@ def test_inputs_that_exclude_each_other_are_refused(subject):
 
 def test_a_batch_of_another_models_processor_is_named(subject):
     batch = subject.batch(subject.ragged)
-    with pytest.raises(ValueError, match="image_grid_thw.*processor of another model"):
+    with pytest.raises(ValueError, match=r"image_grid_thw.*processor of another model"):
         subject.model(**batch, image_grid_thw=torch.ones(3, 3, dtype=torch.long))
     del batch["pixel_values"]
     with pytest.raises(ValueError, match="image_sizes without pixel_values"):

@@ -172,7 +172,9 @@ def test_tiles_for_a_model_without_pinpoints_are_refused():
 
 
 def test_pinpoints_that_are_no_whole_tiles_are_refused():
-    with pytest.raises(StrictDataclassClassValidationError, match=r"\[40, 64\].*multiples of the tower's image size 32"):
+    with pytest.raises(
+        StrictDataclassClassValidationError, match=r"\[40, 64\].*multiples of the tower's image size 32"
+    ):
         tiny_config("zoo_llava", image_grid_pinpoints=[[40, 64]])
 
 

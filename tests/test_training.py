@@ -98,7 +98,7 @@ def test_an_empty_batch_is_a_clear_error(processor):
 
 
 def test_truncation_that_cuts_placeholders_is_a_clear_error(processor):
-    with pytest.raises(ValueError, match="[Mm]ismatch in .image. token count"):
+    with pytest.raises(ValueError, match=r"[Mm]ismatch in .image. token count"):
         ZooDataCollator(processor, max_length=12)(rows(1))
 
 
@@ -237,9 +237,7 @@ def test_a_lora_adapter_trains_saves_and_loads(tiny_folder, tmp_path):
     batch = ZooDataCollator(AutoProcessor.from_pretrained(tiny_folder))(rows(2))
     trainer.model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded.eval()(**batch).logits, trainer.model(**batch).logits, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(loaded.eval()(**batch).logits, trainer.model(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_dpo_trains_on_the_embedded_pairs(tiny_folder, tmp_path):
@@ -277,11 +275,10 @@ def test_grpo_samples_and_trains(tiny_folder, tmp_path):
 
 
 def test_vlm_zoo_sft_trains_from_a_yaml_file(tiny_folder, tmp_path):
-    trainer = sft.main(
-        ["--config", str(EXAMPLES / "llava_sft.yaml"), "--model_name_or_path", str(tiny_folder)]
-        + ["--dataset_name", str(data.path("emoji_tiles")), "--output_dir", str(tmp_path), "--trust_remote_code", "false"]
-        + ["--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--bf16", "false"]
-    )
+    arguments = ["--config", str(EXAMPLES / "llava_sft.yaml"), "--model_name_or_path", str(tiny_folder)]
+    arguments += ["--dataset_name", str(data.path("emoji_tiles")), "--output_dir", str(tmp_path)]
+    arguments += ["--trust_remote_code", "false", "--use_cpu", "true", "--bf16", "false"]
+    trainer = sft.main([*arguments, "--max_steps", "1", "--per_device_train_batch_size", "2"])
     assert isinstance(trainer.data_collator, ZooDataCollator)
     assert (tmp_path / "model.safetensors").exists()
 

@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--chat-template", help="file with a chat template, instead of the language model's own")
     build.add_argument("--image-token", default="<image>", help="text of the placeholder (default: %(default)s)")
     build.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the language model's)")
-    build.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config, as YAML")
+    build.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config, as YAML"
+    )
     build.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     build.add_argument("--trust-remote-code", action="store_true", help="run code that the parts bring along")
     build.set_defaults(run=_build)

@@ -84,7 +84,8 @@ def enlarge(source: Path, image_size: int, target: Path) -> Path:
 
 
 def tile_positions(model: PreTrainedModel, times: int) -> dict[str, torch.Tensor]:
-    """The tower's learned position tables, repeated `times` along both sides: `float[N, Dv]` to `float[N * times², Dv]`."""
+    """The tower's learned position tables, repeated `times` along both sides: `float[N, Dv]` to `float[N * times²,
+    Dv]`."""
     config = model.config.vision_config
     side = config.image_size // times // config.patch_size
     tables = {}
@@ -93,5 +94,7 @@ def tile_positions(model: PreTrainedModel, times: int) -> dict[str, torch.Tensor
             grid = module.weight.detach().view(side, side, -1).repeat(times, times, 1)
             tables[f"model.vision_tower.{name}.weight"] = grid.flatten(0, 1)
     if not tables:
-        raise ValueError(f"{type(model.model.vision_tower).__name__} has no table of {side} x {side} positions to lay out.")
+        raise ValueError(
+            f"{type(model.model.vision_tower).__name__} has no table of {side} x {side} positions to lay out."
+        )
     return tables

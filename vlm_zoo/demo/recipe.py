@@ -1,7 +1,7 @@
 """The embedded default: parts, stages and sizes of the demo.
 
-What is known about learning from scratch at this size: with the default initialiser (0.02) a narrow language model never
-uses the image; pages are not learned without tiles first; one tower layer beats two at this budget.
+What is known about learning from scratch at this size: with the default initialiser (0.02) a narrow language model
+never uses the image; pages are not learned without tiles first; one tower layer beats two at this budget.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -1,10 +1,12 @@
-"""A process of its own that opens a saved folder and answers questions: `python -m vlm_zoo.demo.reload REQUEST RESULT`.
+"""A process of its own that opens a saved folder and answers questions: `python -m vlm_zoo.demo.reload REQUEST
+RESULT`.
 
 Every score in the demo's report comes from here, so from the checkpoint and not from the trainer's memory.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from datasets import load_dataset
@@ -24,15 +26,17 @@ def main(request: str, result_file: str) -> None:
     for split in request["splits"]:
         rows = sample_rows(load_dataset(folder, split=split), request["sample"], request["seed"])
 
-        def show(done: int, split=split, total=len(rows)) -> None:
-            sys.stderr.write(f"\r{split}: {done} of {total} answered")
-            sys.stderr.flush()
-
+        show = partial(_show, split, len(rows))
         result[split] = evaluate_rows(model, processor, rows, seed=request["seed"], batch_size=100, progress=show)
         sys.stderr.write("\n")
     whole = Path(f"{result_file}.unfinished")
     whole.write_text(json.dumps({split: scores.to_dict() for split, scores in result.items()}), encoding="utf-8")
     whole.rename(result_file)
+
+
+def _show(split: str, total: int, done: int) -> None:
+    sys.stderr.write(f"\r{split}: {done} of {total} answered")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

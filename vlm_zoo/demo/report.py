@@ -1,4 +1,5 @@
-"""The demo's report: `report.json` for programs, `report.html` (pictures inside, nothing loaded from elsewhere) for people."""
+"""The demo's report: `report.json` for programs, `report.html` (pictures inside, nothing loaded from elsewhere) for
+people."""
 
 import base64
 import io
@@ -49,7 +50,11 @@ def cards(answers: list[dict], dataset: str) -> list[dict]:
     rows = load_dataset(str(data.path(dataset)), split="validation")
     images = {row["id"]: row["images"] for row in rows if row["id"] in chosen}
     cards = [
-        {**item, "images": [picture(image) for image in images[item["id"]]], "right": item["answer"] == item["reference"]}
+        {
+            **item,
+            "images": [picture(image) for image in images[item["id"]]],
+            "right": item["answer"] == item["reference"],
+        }
         for item in chosen.values()
     ]
     return sorted(cards, key=lambda card: card["task"])
@@ -70,7 +75,9 @@ def loss_curve(stages: list[dict]) -> str:
         first = 0
         for stage in stages:
             steps = [first + entry["step"] for entry in stage["losses"]]
-            axes.plot(steps, [entry["loss"] for entry in stage["losses"]], label=f"{stage['name']} ({stage['dataset']})")
+            axes.plot(
+                steps, [entry["loss"] for entry in stage["losses"]], label=f"{stage['name']} ({stage['dataset']})"
+            )
             first = steps[-1] if steps else first
         axes.set(xlabel="optimiser step", ylabel="loss of the answers", ylim=(0, None))
         axes.legend(frameon=False)

@@ -102,8 +102,8 @@ def claim(out: Path, settings: dict) -> None:
         held = json.loads(file.read_text(encoding="utf-8"))
         if held != settings:
             raise ValueError(
-                f"{out} holds a run with other settings (architecture '{held.get('arch')}', here '{settings['arch']}'; "
-                "or another recipe): name another --out, or delete the folder."
+                f"{out} holds a run of '{held.get('arch')}' with other settings than this of '{settings['arch']}': "
+                "name another --out, or delete this one."
             )
         logger.info("Going on with the run in %s", out)
         return
@@ -115,8 +115,8 @@ def claim(out: Path, settings: dict) -> None:
 
 def scores_in_a_fresh_process(folder: Path, stage: Stage, recipe: Recipe, result: Path) -> dict:
     """
-    Runs `vlm_zoo.demo.reload` on a saved folder, unless `result` holds its scores already; the progress of that process
-    goes to this one's standard error.
+    Runs `vlm_zoo.demo.reload` on a saved folder, unless `result` holds its scores already; the progress of that
+    process goes to this one's standard error.
     """
     if not result.exists():
         fields = {"model": str(folder), "dataset": stage.dataset, "splits": SPLITS}

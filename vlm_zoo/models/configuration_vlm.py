@@ -13,6 +13,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 
 
@@ -97,6 +98,15 @@ class ZooConfig(PreTrainedConfig):
         depth = self.vision_config.num_hidden_layers
         return [layer if layer >= 0 else depth + 1 + layer for layer in layers]
 
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """The language model's own; adapters look for it here."""
+        return self.text_config.eos_token_id
+
+    @eos_token_id.setter
+    def eos_token_id(self, value: int | list[int] | None) -> None:
+        self.text_config.eos_token_id = value
+
     @classmethod
     def doors(cls) -> dict[str, str]:
         """The `auto_map` of a checkpoint: every Auto class and the `file.Class` that it opens."""
@@ -116,9 +126,10 @@ class ZooConfig(PreTrainedConfig):
 
 def publish(config_class: type[ZooConfig]) -> None:
     """
-    Enters `model_type: head class` into transformers' static name tables, which `AutoModel….register` does not reach
-    and from which `transformers serve` and the pipelines read.
+    Enters the model type and its class names into transformers' static name tables, which `AutoModel….register` does
+    not reach and from which `transformers serve` and the pipelines read.
     """
-    head = config_class.__name__.removesuffix("Config") + "ForConditionalGeneration"
+    stem = config_class.__name__.removesuffix("Config")
+    MODEL_MAPPING_NAMES.setdefault(config_class.model_type, f"{stem}Model")
     for table in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-        table.setdefault(config_class.model_type, head)
+        table.setdefault(config_class.model_type, f"{stem}ForConditionalGeneration")

@@ -26,6 +26,8 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
@@ -178,7 +180,7 @@ class ZooModel(ZooPreTrainedModel):
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.vision_tower = build_part(config.vision_config, "vision tower")
-        cut_tower(self.vision_tower, max(config.feature_layers))
+        cut_tower(self.vision_tower, config.feature_layers)
         self.build_connector(config)
         self.language_model = build_part(config.text_config, "language model")
         named = inspect.signature(self.get_image_features).parameters
@@ -318,7 +320,7 @@ class ZooModel(ZooPreTrainedModel):
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         carry: Any = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ZooModelOutputWithPast:
         """
         One pass from tokens and images to hidden states.
@@ -357,7 +359,8 @@ class ZooModel(ZooPreTrainedModel):
         )
         lm_inputs, carry = self.fuse(inputs_embeds, features, context)
         lm_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **lm_inputs}
-        outputs = self.language_model(past_key_values=past_key_values, **lm_inputs, **{**kwargs, "return_dict": True})
+        kwargs["return_dict"] = True
+        outputs = self.language_model(past_key_values=past_key_values, **lm_inputs, **kwargs)
         return ZooModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -381,8 +384,8 @@ class ZooModel(ZooPreTrainedModel):
         foreign = [name for name in vision_inputs if name not in self._vision_input_names]
         if foreign:
             raise ValueError(
-                f"{type(self).__name__} does not take {', '.join(foreign)}, only {', '.join(self._vision_input_names)}: "
-                "was this batch made by the processor of another model?"
+                f"{type(self).__name__} does not take {', '.join(foreign)}, only "
+                f"{', '.join(self._vision_input_names)}: was this batch made by the processor of another model?"
             )
         return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
 
@@ -458,7 +461,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         carry: Any = None,
         shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ZooCausalLMOutputWithPast:
         """
         The base model's pass (see `ZooModel.forward`), then logits and loss.

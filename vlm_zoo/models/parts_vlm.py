@@ -5,6 +5,7 @@ here, and an answer that cannot be found is an error by name.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -37,20 +38,50 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
     raise ValueError(f"{type(model).__name__} has no list of {depth} layers (config.num_hidden_layers = {depth}).")
 
 
-def cut_tower(tower: PreTrainedModel, last_layer: int) -> None:
+def cut_tower(tower: PreTrainedModel, layers: list[int]) -> None:
     """
-    Removes what no feature depends on: the layers after hidden state `last_layer`, the pooling head, and the final
-    norm (a tower's hidden states are taken before it).
+    Removes what none of these hidden states depends on: later layers, the pooling head, the final norm. A mask token
+    becomes a buffer.
+
+    What is unused is found by a backward pass of the same tower without weights.
     """
-    depth = tower.config.num_hidden_layers
-    unused = ["head", "pooler", "post_layernorm"]
-    if last_layer < depth:
-        holder, name = find_layers(tower)
-        setattr(holder, name, getattr(holder, name)[: max(last_layer, 1)])
-        unused += ["layernorm", "norm"]
-    for name in unused:
-        if isinstance(getattr(tower, name, None), nn.Module):
-            setattr(tower, name, nn.Identity())
+    last = max(*layers, 1)  # a tower keeps one layer, used or not: without any it would record no hidden state
+    with torch.enable_grad():
+        states = hidden_states_on_meta(tower.config)
+        sum(states.hidden[layer].sum() for layer in (*layers, last)).backward()
+    unused = {name for name, parameter in states.tower.named_parameters() if parameter.grad is None}
+    holder, name = find_layers(tower)
+    setattr(holder, name, getattr(holder, name)[:last])
+    _remove(tower, unused)
+
+
+def _remove(module: nn.Module, unused: set[str], prefix: str = "") -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if prefix + name in unused:  # kept and loaded, but no optimiser waits for its gradient
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+    for name, child in list(module.named_children()):
+        path = f"{prefix}{name}."
+        parameters = {path + inner for inner, _ in child.named_parameters()}
+        if parameters and parameters <= unused:
+            setattr(module, name, nn.Identity())
+        else:
+            _remove(child, unused, path)
+
+
+class _MetaStates(NamedTuple):
+    tower: PreTrainedModel
+    hidden: tuple[torch.Tensor, ...]
+
+
+def hidden_states_on_meta(vision_config: PreTrainedConfig) -> _MetaStates:
+    """A tower without weights, and its hidden states `float[1, N, Dv]` for one image: shapes and graph, no numbers."""
+    size = vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        tower = build_part(vision_config, "vision tower")
+        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width, dtype=tower.dtype)
+        return _MetaStates(tower, tower(pixels, output_hidden_states=True).hidden_states)
 
 
 def build_head(text_config: PreTrainedConfig) -> nn.Linear:
@@ -84,7 +115,7 @@ def logit_transform(text_config: PreTrainedConfig) -> tuple[float, float | None]
 
 def measure_tower(vision_config: PreTrainedConfig) -> tuple[int, int]:
     """
-    Measures on the meta device what a fixed-size tower makes of an image.
+    Measures what a fixed-size tower makes of an image.
 
     Returns:
         Patches a side times a side, and the prefix tokens (CLS, registers) before them.
@@ -92,9 +123,6 @@ def measure_tower(vision_config: PreTrainedConfig) -> tuple[int, int]:
     size, patch = vision_config.image_size, vision_config.patch_size
     height, width = (size, size) if isinstance(size, int) else size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    with torch.device("meta"):
-        tower = build_part(vision_config, "vision tower")
-        pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width)
-        tokens = tower(pixels, output_hidden_states=True).hidden_states[0].shape[1]
+    tokens = hidden_states_on_meta(vision_config).hidden[0].shape[1]
     patches = math.prod((height // patch_height, width // patch_width))
     return patches, tokens - patches

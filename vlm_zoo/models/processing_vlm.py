@@ -6,7 +6,11 @@ servers ask for before they see pixels, and the check in the model all agree bec
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import MultiModalData
+from transformers.audio_utils import AudioInput
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+from transformers.video_utils import VideoInput
 
 
 # Tokenizer options whose result depends on the expanded text itself; with them the text is expanded before tokenising.
@@ -39,7 +43,8 @@ class ZooProcessor(ProcessorMixin):
         if tokenizer is not None and getattr(tokenizer, "image_token", None) is None:
             raise ValueError(
                 f"The tokenizer ({type(tokenizer).__name__}) has no named image token. Load it with "
-                "AutoTokenizer.from_pretrained(folder, image_token='<image>'), or let vlm_zoo.build make the processor."
+                "AutoTokenizer.from_pretrained(folder, image_token='<image>'), or let vlm_zoo.build make the "
+                "processor."
             )
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(tokenizer.image_token)
@@ -98,7 +103,14 @@ class ZooProcessor(ProcessorMixin):
             num_image_patches=[1] * len(image_sizes),
         )
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        videos: VideoInput | None = None,
+        audio: AudioInput | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """
         Prepares a batch.
 

@@ -3,7 +3,8 @@
     python -m vlm_zoo.training.dpo --config examples/llava_dpo.yaml        one process, also as `vlm-zoo dpo`
     accelerate launch -m vlm_zoo.training.dpo --config …                   several
 
-Options and YAML keys are those of `trl dpo`, which labels the two responses and never the prompt with its placeholders.
+Options and YAML keys are those of `trl dpo`, which labels the two responses and never the prompt with its
+placeholders.
 """
 
 from trl.scripts.dpo import main as train
