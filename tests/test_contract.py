@@ -2,7 +2,6 @@
 
 import pytest
 
-import vlm_zoo.testing.promises  # noqa: F401 -- registers the promises
 from vlm_zoo import ZOO
 from vlm_zoo.testing import check_vlm, tiny_model, tiny_processor
 from vlm_zoo.testing.contract import PROMISES

@@ -77,13 +77,13 @@ FULL = Recipe(
     vision=VISION,
     language=LANGUAGE,
     stages=(
-        Stage("alignment", "emoji_tiles", image_size=48, epochs=8, shift=3, colour=0.3),
+        Stage("alignment", "emoji_tiles", image_size=48, epochs=8, shift=2, colour=0.1),
         Stage("instruction", "emoji_pages", image_size=96, epochs=4),
     ),
 )
 FAST = Recipe(
     vision=VISION,
     language=LANGUAGE,
-    stages=(Stage("alignment", "emoji_tiles", image_size=48, epochs=3, shift=3, colour=0.3),),
+    stages=(Stage("alignment", "emoji_tiles", image_size=48, epochs=3),),
     sample=300,
 )
