@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import subprocess
 import sys
 
 import yaml
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options) or 0
-    except (ValueError, OSError, TypeError) as error:
+    except (ValueError, OSError, TypeError, subprocess.CalledProcessError) as error:
         logging.getLogger(__name__).error("vlm-zoo %s: %s", options.command, error)
         return 1
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..version import __version__
 from .parts import enlarge, write_parts
 from .recipe import FAST, FULL, Recipe, Stage
 from .report import write_report
-from .train import train_stage
+from .train import LOG
 
 
 logger = logging.getLogger(__name__)
@@ -54,16 +55,18 @@ def run(out: str | os.PathLike, arch: str = "llava", *, fast: bool = False, reci
         source = enlarge(current, stage.image_size, out / f"{stage.name}.start")
         current = out / stage.name
         logger.info("Stage %s on %s", stage.name, stage.dataset)
-        log = train_stage(stage, source, current, recipe.seed)
+        if not current.exists():
+            paths = {"source": str(source), "target": str(current)}
+            in_a_fresh_process("train", json.dumps({"stage": asdict(stage), "seed": recipe.seed, **paths}))
         trained = time.perf_counter()
-        scores = scores_in_a_fresh_process(current, stage, recipe, out / f"{stage.name}.scores.json")
+        scores = scores_of(current, stage, recipe, out / f"{stage.name}.scores.json")
         stages.append(
             {
                 "name": stage.name,
                 "dataset": stage.dataset,
                 "training_seconds": round(trained - began, 1),
                 "evaluation_seconds": round(time.perf_counter() - trained, 1),
-                "losses": log,
+                "losses": json.loads((current / LOG).read_text(encoding="utf-8")),
                 **scores,
             }
         )
@@ -113,13 +116,22 @@ def claim(out: Path, settings: dict) -> None:
     file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def scores_in_a_fresh_process(folder: Path, stage: Stage, recipe: Recipe, result: Path) -> dict:
-    """
-    Runs `vlm_zoo.demo.reload` on a saved folder, unless `result` holds its scores already; the progress of that
-    process goes to this one's standard error.
-    """
+def scores_of(folder: Path, stage: Stage, recipe: Recipe, result: Path) -> dict:
+    """Scores a saved folder in a fresh process, unless `result` holds its scores already."""
     if not result.exists():
         fields = {"model": str(folder), "dataset": stage.dataset, "splits": SPLITS}
         request = json.dumps({**fields, "sample": recipe.sample, "seed": recipe.seed})
-        subprocess.run([sys.executable, "-m", "vlm_zoo.demo.reload", request, str(result)], check=True)
+        in_a_fresh_process("reload", request, str(result))
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def in_a_fresh_process(module: str, *arguments: str) -> None:
+    """
+    Runs a module of the demo; its progress goes to this process's standard error.
+
+    Its threads sleep while they wait: threads that spin starve the process that reads rows, and each other, as soon as
+    the machine has fewer free cores than threads.
+    """
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    command = [sys.executable, "-m", f"vlm_zoo.demo.{module}", *arguments]
+    subprocess.run(command, check=True, env=environment)

@@ -1,6 +1,11 @@
-"""One stage of the demo: TRL's trainer on the embedded data, resumed where a run before it stopped."""
+"""One stage of the demo: TRL's trainer on the embedded data, resumed where a run before it stopped.
+
+It runs in a process of its own: `python -m vlm_zoo.demo.train REQUEST`.
+"""
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +56,12 @@ class AugmentingCollator(ZooDataCollator):
         return Image.fromarray(pixels.astype(np.uint8))
 
 
-def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> list[dict[str, float]]:
+def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> None:
     """
-    Trains the model in `source` and saves it, whole, to `target`.
+    Trains the model in `source` and saves it, whole and with the trainer's log, to `target`.
 
-    A stage whose target exists is not trained again; one that died goes on from its last checkpoint.
-
-    Returns:
-        The trainer's log: `step` and `loss` of each entry.
+    A stage that died goes on from its last checkpoint.
     """
-    if target.exists():
-        return json.loads((target / LOG).read_text(encoding="utf-8"))
     working = target.with_name(f"{target.name}.working")
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_pretrained(source, trainable_parts=list(stage.train))
@@ -107,4 +107,14 @@ def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> list[dic
         card = Path(source) / "README.md"
         if card.exists():
             (path / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
-    return log
+    shutil.rmtree(working)
+
+
+def main(request: str) -> None:
+    """Trains what `{"stage", "source", "target", "seed"}`, as JSON, asks for."""
+    request = json.loads(request)
+    train_stage(Stage(**request["stage"]), Path(request["source"]), Path(request["target"]), request["seed"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
