@@ -108,9 +108,10 @@ def tiny_tokenizer(image_token: str | None = IMAGE_TOKEN) -> PreTrainedTokenizer
 
 
 def _entry(model_type: str) -> ZooEntry:
-    if model_type not in ZOO:
+    entry = ZOO.get(model_type) or ZOO.get(f"zoo_{model_type}")
+    if entry is None:
         raise ValueError(f"Unknown architecture '{model_type}'; the zoo has {', '.join(ZOO)}.")
-    return ZOO[model_type]
+    return entry
 
 
 def tiny_config(model_type: str, vision: str = "clip", text: str = "llama", **overrides) -> PreTrainedConfig:
@@ -118,7 +119,7 @@ def tiny_config(model_type: str, vision: str = "clip", text: str = "llama", **ov
     A config of under a million parameters.
 
     Args:
-        model_type: a key of `vlm_zoo.ZOO`.
+        model_type: a key of `vlm_zoo.ZOO`, with or without its `zoo_`.
         vision, text: keys of `TINY_VISION` and `TINY_TEXT`.
         overrides: fields of the config.
     """
@@ -152,4 +153,4 @@ def tiny_processor(model_type: str, config: PreTrainedConfig | None = None) -> Z
 
 def tiny_model(model_type: str, **overrides) -> PreTrainedModel:
     """A head model of `tiny_config(model_type, **overrides)`, in eval mode."""
-    return ZOO[model_type].head(tiny_config(model_type, **overrides)).eval()
+    return _entry(model_type).head(tiny_config(model_type, **overrides)).eval()
