@@ -1,0 +1,320 @@
+"""The benchmark's machinery: equality before the clock, turns, memory, table. Nothing here asserts a time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from vlm_zoo import cli
+from vlm_zoo.bench import Row, Scale, engine, measure, peak, rows, run, table
+from vlm_zoo.bench.engine import Case, Entry, Equality, NotRun, close, same
+from vlm_zoo.bench.measure import Timing, one_thread, peak_of, take_turns
+from vlm_zoo.models.modeling_vlm import ZooPreTrainedModel
+
+
+TINY = Scale(
+    rounds=2,
+    seconds=0.0,
+    dtype=torch.float32,
+    image_size=56,
+    tower_width=64,
+    tower_layers=2,
+    deep_tower_layers=3,
+    frozen_tower_layers=2,
+    text_width=64,
+    text_layers=2,
+    decoder_width=64,
+    decoder_layers=2,
+    vocab_size=700,
+    small_vocab_size=300,
+    prompt_tokens=8,
+    answer_tokens=6,
+    new_tokens=4,
+    texts=4,
+    picture=(90, 160),
+    photo=(48, 64),
+)
+EQUAL = Equality(True, "all equal")
+
+
+def case(compare=lambda: EQUAL, **fields) -> Case:
+    steps = {"ours": lambda: None, "theirs": lambda: None}
+    return Case(**{"peer": "someone", "limit": "none", "compare": compare, **steps, **fields})
+
+
+@pytest.fixture
+def registry(monkeypatch) -> dict[str, Entry]:
+    """Rows of a test's own, at a tiny scale."""
+    engine.find_rows()
+    entries: dict[str, Entry] = {}
+    monkeypatch.setattr(engine, "ROWS", entries)
+    monkeypatch.setattr(engine, "SCALES", {"full": TINY, "quick": TINY})
+    return entries
+
+
+# --- the rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in engine.find_rows()])
+def test_both_sides_of_a_row_are_equal(name):
+    try:
+        built = engine.ROWS[name].build(TINY)
+    except NotRun as reason:
+        pytest.skip(str(reason))
+    equality = built.compare()
+    assert equality.equal, equality.text
+    for step in built.steps().values():
+        step()
+
+
+@pytest.mark.parametrize("name", ["loss_152k", "frozen_tower", "frozen_tower_stage_2", "unused_layer", "decode"])
+def test_other_weights_make_a_row_unequal(name, monkeypatch):
+    convert = rows.zoo_from_transformers
+
+    def spoiled(peer):
+        model = convert(peer)
+        with torch.no_grad():
+            for parameter in (*model.model.connector.parameters(), *model.lm_head.parameters()):
+                nn.init.normal_(parameter)
+        return model
+
+    monkeypatch.setattr(rows, "zoo_from_transformers", spoiled)
+    assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+def test_a_tower_with_a_graph_makes_the_frozen_row_unequal(monkeypatch):
+    monkeypatch.setattr(ZooPreTrainedModel, "set_trainable_parts", lambda self, parts: None)
+    equality = engine.ROWS["frozen_tower"].build(TINY).compare()
+    assert not equality.equal and "have graph" in equality.text
+
+
+def test_the_photo_is_the_same_each_time():
+    assert rows.photo((30, 40)).tobytes() == rows.photo((30, 40)).tobytes() != rows.photo((30, 40), 1).tobytes()
+
+
+# --- equality first --------------------------------------------------------------------------------------------------
+
+
+def test_a_row_without_equality_is_invalid_and_never_timed(registry):
+    ran = []
+    step = {"ours": lambda: ran.append("ours"), "theirs": lambda: ran.append("theirs")}
+    registry["odd"] = Entry("odd", lambda scale: case(lambda: Equality(False, "loss: 1 and 2"), **step))
+    (found,) = run()
+    assert found.invalid and found.ratio is None and not ran
+    assert "odd  INVALID" in table([found]) and "loss: 1 and 2" in table([found])
+
+
+def test_equality_is_shown_before_the_clock_runs(registry):
+    order = []
+    registry["row"] = Entry(
+        "row",
+        lambda scale: case(
+            lambda: order.append("compare") or EQUAL,
+            ours=lambda: order.append("ours"),
+            theirs=lambda: order.append("peer"),
+        ),
+    )
+    run()
+    assert order[0] == "compare" and order.count("compare") == 1 and {"ours", "peer"} <= set(order[1:])
+
+
+def test_a_failing_row_is_invalid_and_the_others_go_on(registry):
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    registry["bad"] = Entry("bad", lambda scale: case(ours=fails))
+    registry["good"] = Entry("good", lambda scale: case())
+    bad, good = run()
+    assert bad.invalid and bad.note == "RuntimeError: no such kernel"
+    assert not good.invalid and good.ratio is not None
+
+
+def test_a_row_that_cannot_run_says_why(registry):
+    def unavailable(scale):
+        raise NotRun("torchvision cannot be imported")
+
+    registry["row"] = Entry("row", unavailable)
+    (found,) = run()
+    assert not found.invalid
+    assert "row  not run" in table([found]) and "torchvision cannot be imported" in table([found])
+
+
+def test_an_unknown_row_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"Unknown row\(s\) nonsense; there are pixels_1080p, "):
+        run(only=["decode", "nonsense"])
+
+
+def test_close_tensors_are_equal_up_to_what_is_allowed():
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])
+    assert close("x", one, other, 0.5).equal and not close("x", one, other, 0.4).equal
+    assert close("x", one, other, 0.2, relative=True).equal and not close("x", one, other, 0.1, relative=True).equal
+    assert not close("x", one, other[:1], 9.0).equal
+
+
+def test_nan_is_never_equal():
+    assert not close("x", torch.tensor([float("nan")]), torch.tensor([float("nan")]), 1.0).equal
+
+
+def test_same_means_bit_for_bit():
+    assert same("x", torch.ones(2), torch.ones(2)).equal
+    assert not same("x", torch.ones(2), torch.ones(2) + 1e-7).equal
+    assert same("x", "text", "text").equal and not same("x", "text", "other").equal
+
+
+def test_joined_equalities_hold_only_together():
+    joined = EQUAL & Equality(False, "not this one")
+    assert not joined.equal and joined.text == "all equal; not this one"
+
+
+# --- turns -----------------------------------------------------------------------------------------------------------
+
+
+def constant_clock(step) -> float:
+    step()
+    return 1.0
+
+
+def test_every_other_round_goes_in_the_opposite_order():
+    order = []
+    steps = {name: lambda name=name: order.append(name) for name in "abc"}
+    take_turns(steps, rounds=3, clock=constant_clock)
+    assert "".join(order) == "abc" + "abc" + "cba" + "abc"  # the first does not count
+
+
+def test_rounds_go_on_until_enough_time_is_spent():
+    steps = {"ours": lambda: None, "peer": lambda: None}
+    assert take_turns(steps, rounds=2, seconds=0.013, clock=constant_clock).rounds == 7
+    assert take_turns(steps, rounds=2, seconds=9.0, clock=constant_clock).rounds == 20
+    assert take_turns(steps, rounds=2, seconds=0.0, clock=constant_clock).rounds == 2
+
+
+def test_the_ratio_is_the_median_of_ratios_within_a_round():
+    timing = Timing({"ours": [1.0, 2.0, 10.0], "peer": [2.0, 6.0, 10.0]})
+    assert timing.ratios("peer", "ours") == [2.0, 3.0, 1.0]
+    assert timing.ratio("peer", "ours") == (2.0, (1.5, 2.5))
+    assert timing.median("ours") == 2.0
+
+
+def test_one_round_has_a_ratio_without_spread():
+    assert Timing({"ours": [2.0], "peer": [3.0]}).ratio("peer", "ours") == (1.5, (1.5, 1.5))
+
+
+def test_one_thread_is_a_loan():
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_row_may_ask_for_more_rounds(registry):
+    registry["row"] = Entry("row", lambda scale: case(), rounds=3)
+    assert run()[0].rounds == 6
+
+
+def test_parts_and_limit_are_timed_beside_the_two_sides(registry):
+    built = case(limit_step=lambda: None, parts={"whole": lambda: None}, note="whole {whole}, limit {limit}")
+    registry["row"] = Entry("row", lambda scale: built)
+    (found,) = run()
+    assert found.limit_ratio is not None
+    assert found.note.startswith("whole ") and found.note.endswith(" ms") and "{" not in found.note
+
+
+def test_a_known_limit_needs_no_clock(registry):
+    registry["row"] = Entry("row", lambda scale: case(limit_ratio=1.25))
+    assert run()[0].limit_ratio == 1.25
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_weighed_for_rows_that_ask_for_it(registry, monkeypatch):
+    asked = []
+
+    def weigh(row, step, scale, device):
+        asked.append((row, step, scale, device))
+        return {"ours": 2**20, "peer": 4 * 2**20}[step]
+
+    monkeypatch.setattr(engine, "peak_memory", weigh)
+    registry["lean"] = Entry("lean", lambda scale: case(), memory_target=0.3)
+    registry["other"] = Entry("other", lambda scale: case())
+    lean, other = run()
+    assert asked == [("lean", "ours", "full", "cpu"), ("lean", "peer", "full", "cpu")]
+    assert lean.memory_ratio == 0.25 and lean.memory_mib == {"ours": 1.0, "peer": 4.0} and other.memory_ratio is None
+    assert "0.25 of the peer's (ours 1 MiB, peer 4 MiB); target 0.30 reached" in table([lean])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux forgets an earlier peak")
+def test_the_peak_is_that_of_the_step_alone():
+    def use(mebibytes: int) -> None:
+        bytearray(b"x") * (mebibytes * 2**20)
+
+    use(256)
+    assert 60 <= peak_of(lambda: use(64)) / 2**20 <= 100
+
+
+def test_the_child_prints_the_peak_of_one_step(registry, capsys):
+    ran = []
+    steps = {"ours": lambda: ran.append("ours"), "theirs": lambda: ran.append("peer")}
+    registry["row"] = Entry("row", lambda scale: case(**steps))
+    peak.main("row", "peer", "full", "cpu")
+    assert json.loads(capsys.readouterr().out)["peak"] >= 0 and ran == ["peer"]
+
+
+def test_a_measurement_that_fails_says_what_the_child_said(monkeypatch):
+    answer = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nMemoryError: too large\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+    with pytest.raises(RuntimeError, match=r"row \(ours\) could not be measured: MemoryError: too large"):
+        measure.peak_memory("row", "ours", "full")
+
+
+@pytest.mark.slow
+def test_a_child_measures_a_real_row():
+    assert measure.peak_memory("processor_text", "ours", "quick") > 0
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def filled(**fields) -> Row:
+    numbers = {"ours_ms": 2.0, "peer_ms": 5.0, "ratio": 2.5, "spread": (2.4, 2.6), "rounds": 7, "limit_ratio": 3.0}
+    words = {"peer": "SomeProcessor", "limit": "reading alone", "equality": "ids equal", "note": "on a small tree"}
+    return Row(**{"name": "row", "scale": "full", **numbers, **words, **fields})
+
+
+def test_the_table_shows_numbers_and_what_they_mean():
+    text = table([filled(target=2.2)])
+    for expected in ("2 ms", "5 ms", "2.50x", "[2.40, 2.60]", "3.00x", "2.20x reached", "SomeProcessor", "ids equal",
+                     "reading alone", "on a small tree", "process CPU time at one thread"):  # fmt: skip
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("target", "verdict"), [(2.5, "reached"), (2.55, "within spread"), (2.7, "missed"), (None, "")]
+)
+def test_a_target_is_reached_within_the_spread_or_missed(target, verdict):
+    assert filled(target=target).verdict == verdict
+
+
+def test_targets_are_those_of_the_full_sizes(registry):
+    registry["row"] = Entry("row", lambda scale: case(), target=2.0)
+    assert run()[0].target == 2.0 and run(quick=True)[0].target is None
+    assert "Smaller sizes" in table(run(quick=True)) and "Smaller sizes" not in table(run())
+
+
+def test_an_empty_table_prints():
+    assert "ratio = peer / ours" in table([])
+
+
+def test_the_command_prints_the_table_and_writes_json(registry, tmp_path, capsys):
+    registry["row"] = Entry("row", lambda scale: case(), target=0.0)
+    registry["odd"] = Entry("odd", lambda scale: case(lambda: Equality(False, "differ")))
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--only", "row", "--json", str(path)]) == 0
+    (found,) = json.loads(path.read_text())
+    assert found["name"] == "row" and found["verdict"] == "reached" and found["spread"][0] <= found["ratio"]
+    assert "all equal" in capsys.readouterr().out
+    assert cli.main(["bench", "--quick"]) == 1  # a row is invalid
+    assert cli.main(["bench", "--only", "nonsense"]) == 1
