@@ -5,12 +5,13 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 OUT ?= runs/demo
 DEMO_OPTIONS ?=
+TORCH_OPTIONS ?=
 
 .PHONY: demo test slow lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch $(TORCH_OPTIONS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 

@@ -11,7 +11,7 @@ from vlm_zoo.testing import tiny_config, tiny_model, tiny_processor
 from vlm_zoo.testing.promises import Subject
 
 
-CASES = 300  # for each of two models
+CASES = 400  # for each of two models, of which five in eight are malformed or more
 TYPED = (ValueError, TypeError)  # ImageError and BuildError are ValueErrors
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
@@ -103,7 +103,7 @@ def test_hundreds_of_malformed_inputs_work_or_raise_typed_errors(subject):
             except Exception as error:
                 crashed.append(f"case {case}: {type(error).__name__}: {error}")
     assert not crashed, "\n".join(crashed[:10])
-    assert refused > CASES // 3
+    assert refused >= 250
 
 
 def test_an_image_too_many_is_counted_on_both_sides(subject):

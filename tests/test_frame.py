@@ -348,3 +348,64 @@ def test_images_without_placeholders_are_found_from_embeddings_alone(subject):
     with torch.no_grad():
         logits = subject.model(inputs_embeds=embeds, **batch).logits
     torch.testing.assert_close(logits, subject.logits(subject.batch(subject.ragged)))
+
+
+def test_placeholders_that_straddle_rows_are_refused(subject):
+    batch = subject.batch(subject.ragged[:1] * 2)
+    ids = batch["input_ids"]
+    place = (ids[0] == subject.image_token_id).nonzero()[0]
+    ids[0, place], ids[1, -1] = 70, subject.image_token_id
+    with pytest.raises(ValueError, match="row 0 holds 15 image tokens"):
+        subject.model(**batch)
+
+
+def test_images_given_to_the_wrong_row_are_refused(subject):
+    image = subject.image()
+    with pytest.raises(ValueError, match=r"in row 0 .* Found 1 <image> tokens and 2 images"):
+        subject.processor(text=["a <image> b", "<image> <image>"], images=[[image, image], [image]])
+
+
+def test_placeholders_stay_suppressed_when_the_caller_suppresses_something_else(subject):
+    model = copy.deepcopy(subject.model)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+        model.lm_head.bias[subject.image_token_id] = 100.0
+    answer = Subject(model, subject.processor, 0).generate(subject.batch(subject.ragged), suppress_tokens=[5])
+    assert not (answer == subject.image_token_id).any()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_a_model_builds_with_every_attention(attention, tiny_folder):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_folder, attn_implementation=attention)
+    assert model.config.text_config._attn_implementation == attention
+
+
+def test_a_model_builds_in_inference_mode():
+    with torch.inference_mode():
+        tiny_model("zoo_llava")
+
+
+def test_parts_of_a_quantised_model_are_left_as_they_are():
+    model = tiny_model("zoo_llava")
+    layer = model.model.language_model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    model.set_trainable_parts(["connector", "language"])
+    assert not layer.weight.requires_grad and model.model.connector.layers[0].weight.requires_grad
+
+
+def test_a_tower_of_another_precision_fits():
+    model = tiny_model("zoo_llava").to(torch.bfloat16)
+    model.model.vision_tower.float()
+    assert model.get_image_features(torch.rand(1, 3, 32, 32)).pooler_output[0].dtype == torch.bfloat16
+
+
+def test_text_that_is_expanded_first_and_text_that_is_expanded_last_give_the_same_ids(subject):
+    rows = subject.ragged * 2
+    texts, images = [row["text"] for row in rows], [row["images"] for row in rows]
+    for options in ({}, {"padding": True}, {"padding": "max_length", "max_length": 120}, {"padding_side": "left"}):
+        options = {**options, "return_mm_token_type_ids": True}
+        fast = subject.processor(text=list(texts), images=images, **options)
+        slow = subject.processor(text=list(texts), images=images, return_text_replacement_offsets=True, **options)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            assert [list(row) for row in fast[name]] == [list(row) for row in slow[name]], (name, options)

@@ -20,13 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "matplotlib", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if arguments[:1] in (["sft"], ["dpo"]):  # their options are TRL's
-        return _train(arguments[0], arguments[1:])
-    options = _parser().parse_args(arguments)
+    command = arguments[0] if arguments else ""
     try:
+        if command in ("sft", "dpo"):  # their options are TRL's
+            return _train(command, arguments[1:])
+        options = _parser().parse_args(arguments)
         return options.run(options) or 0
-    except (ValueError, OSError, TypeError, subprocess.CalledProcessError) as error:
-        logging.getLogger(__name__).error("vlm-zoo %s: %s", options.command, error)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        logging.getLogger(__name__).error("vlm-zoo %s: %s", command, error)
         return 1
 
 

@@ -1,6 +1,5 @@
 """The embedded parts, written as folders that `vlm_zoo.build` opens like any other tower and language model."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -79,7 +78,6 @@ def enlarge(source: Path, image_size: int, target: Path) -> Path:
         with writing_folder(target) as path:
             larger.save_pretrained(path)
             processor.save_pretrained(path)
-            shutil.copyfile(source / "README.md", path / "README.md")
     return target
 
 

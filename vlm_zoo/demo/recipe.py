@@ -77,8 +77,8 @@ FULL = Recipe(
     vision=VISION,
     language=LANGUAGE,
     stages=(
-        Stage("alignment", "emoji_tiles", image_size=48, epochs=8, shift=2, colour=0.1),
-        Stage("instruction", "emoji_pages", image_size=96, epochs=4),
+        Stage("alignment", "emoji_tiles", image_size=48, epochs=10, shift=2, colour=0.1),
+        Stage("instruction", "emoji_pages", image_size=96, epochs=3.5),
     ),
 )
 FAST = Recipe(

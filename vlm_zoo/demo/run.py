@@ -64,6 +64,7 @@ def run(out: str | os.PathLike, arch: str = "llava", *, fast: bool = False, reci
             {
                 "name": stage.name,
                 "dataset": stage.dataset,
+                "trained": ", ".join(stage.train),
                 "training_seconds": round(trained - began, 1),
                 "evaluation_seconds": round(time.perf_counter() - trained, 1),
                 "losses": json.loads((current / LOG).read_text(encoding="utf-8")),

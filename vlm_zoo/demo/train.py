@@ -6,7 +6,7 @@ It runs in a process of its own: `python -m vlm_zoo.demo.train REQUEST`.
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,29 @@ from .recipe import Stage
 
 
 LOG = "training_log.json"
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+license: cc-by-4.0
+---
+# vlm-zoo demo, stage {name}
+
+A small vision-language model, trained from scratch on the `{dataset}` data of vlm-zoo: compositions of emoji
+drawings (Noto, EmojiTwo; names from the Unicode CLDR) under CC BY 4.0. It knows these drawings at {image_size} px and
+nothing else.
+
+Trained parts: {parts}.
+{epochs} epochs, batch {batch_size}, learning rate {learning_rate}. Scores beside a blind baseline stand in the
+`report.html` of its run.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("FOLDER", trust_remote_code=True)  # or: import vlm_zoo, no trust
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+```
+"""
 
 
 @dataclass
@@ -104,9 +127,7 @@ def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> None:
         trainer.model.save_pretrained(path)
         processor.save_pretrained(path)
         (path / LOG).write_text(json.dumps(log), encoding="utf-8")
-        card = Path(source) / "README.md"
-        if card.exists():
-            (path / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+        (path / "README.md").write_text(CARD.format(**asdict(stage), parts=", ".join(stage.train)), encoding="utf-8")
     shutil.rmtree(working)
 
 

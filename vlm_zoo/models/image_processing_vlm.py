@@ -145,9 +145,12 @@ def _borrow(image: PIL.Image.Image) -> np.ndarray | None:
         return None
     pixels = _ArrowArray.from_address(_capsule_pointer(capsule, b"arrow_array"))
     size = image.height * image.width
-    if pixels.length != size or pixels.n_children != 1 or pixels.children[0].contents.length != 4 * size:
+    if pixels.length != size or pixels.offset != 0 or pixels.n_children != 1:
         return None
-    buffer = (ctypes.c_uint8 * (4 * size)).from_address(pixels.children[0].contents.buffers[1])
+    values = pixels.children[0].contents
+    if values.length != 4 * size or values.offset != 0 or values.n_buffers != 2 or not values.buffers[1]:
+        return None
+    buffer = (ctypes.c_uint8 * (4 * size)).from_address(values.buffers[1])
     buffer.owner = capsule  # which keeps the memory alive
     return np.frombuffer(buffer, np.uint8).reshape(image.height, image.width, 4)
 

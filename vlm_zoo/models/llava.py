@@ -63,6 +63,8 @@ class ZooLlavaConfig(ZooConfig):
     def validate_pinpoints(self):
         """Part of `@strict` validation: every pinpoint is a grid of whole tiles."""
         size = getattr(self.vision_config, "image_size", None)
+        if not isinstance(size, int | None) or not isinstance(getattr(self.vision_config, "patch_size", 0), int):
+            raise ValueError(f"LLaVA takes a tower of square images and patches, this one sees {size} pixels.")
         for pinpoint in self.image_grid_pinpoints or []:
             if len(pinpoint) != 2 or (size and any(side % size for side in pinpoint)):
                 raise ValueError(
@@ -89,6 +91,7 @@ class LlavaConnector(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`float[I, N, Dv]` to `float[I, N, Dt]`."""
+        patches = patches.to(self.layers[0].weight.dtype)
         for index, layer in enumerate(self.layers):
             patches = layer(patches if index == 0 else self.act(patches))
         return patches
@@ -162,10 +165,12 @@ class ZooLlavaModel(ZooModel):
         if image_sizes is None or pixel_values.ndim != 5:
             raise ValueError(
                 f"AnyRes needs pixel_values [I, P, C, H, W] and image_sizes [I, 2]; got {list(pixel_values.shape)} "
-                f"and {None if image_sizes is None else list(image_sizes.shape)}: was this batch made by the "
-                "processor of another model?"
+                f"and {None if image_sizes is None else 'sizes'}: was this batch made by the processor of another "
+                "model?"
             )
-        sizes = image_sizes.tolist()
+        sizes = torch.as_tensor(image_sizes).tolist()
+        if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
+            raise ValueError(f"image_sizes must hold a height and a width of at least 1 for each image, got {sizes}.")
         counts = [self.num_tiles(size) for size in sizes]
         if len(counts) != len(pixel_values) or max(counts) > pixel_values.shape[1]:
             raise ValueError(

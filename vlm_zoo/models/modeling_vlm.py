@@ -18,6 +18,7 @@ output has one hidden state a token, and it never sees labels.
 
 import inspect
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_vlm import ZooConfig
-from .parts_vlm import build_head, build_part, cut_tower, logit_transform
+from .parts_vlm import build_head, build_part, cut_tower, logit_transform, pair
 
 
 # The vision inputs that TRL's trainers and `generate` pass on. Architectures choose among them, and add none.
@@ -164,7 +165,8 @@ class ZooPreTrainedModel(PreTrainedModel):
         if unknown:
             raise ValueError(f"Unknown part(s) {sorted(unknown)}; the parts of a model are {', '.join(PARTS)}.")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.part_of(name) in parts)
+            if parameter.is_floating_point():  # quantised weights train through an adapter alone
+                parameter.requires_grad_(self.part_of(name) in parts)
 
 
 class ZooModel(ZooPreTrainedModel):
@@ -229,8 +231,7 @@ class ZooModel(ZooPreTrainedModel):
     def check_pixels(self, pixel_values: torch.Tensor) -> None:
         """Raises `ValueError` unless these are images of the size that a fixed-size tower was made for."""
         vision = self.config.vision_config
-        size, channels = vision.image_size, getattr(vision, "num_channels", 3)
-        height, width = (size, size) if isinstance(size, int) else size
+        channels, (height, width) = getattr(vision, "num_channels", 3), pair(vision.image_size)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (channels, height, width):
             raise ValueError(
                 f"pixel_values has shape {list(pixel_values.shape)}, the vision tower takes [I, {channels}, {height}, "
@@ -251,8 +252,7 @@ class ZooModel(ZooPreTrainedModel):
 
     def dummy_vision_inputs(self) -> dict[str, torch.Tensor]:
         """One blank image, for a batch without images that must still touch every vision parameter."""
-        size = self.config.vision_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = pair(self.config.vision_config.image_size)
         channels = getattr(self.config.vision_config, "num_channels", 3)
         return {"pixel_values": torch.zeros(1, channels, height, width, device=self.device, dtype=self.dtype)}
 
@@ -279,26 +279,34 @@ class ZooModel(ZooPreTrainedModel):
         if features is None:
             return {"inputs_embeds": inputs_embeds}, context.carry
         mask = self.placeholder_mask(context.input_ids, inputs_embeds)  # bool[B, T]
-        self.check_placeholders(mask, features)
+        self.check_placeholders(mask, features, whole_rows=context.past_key_values is None)
         flat = torch.cat(list(features), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = mask.unsqueeze(-1).to(inputs_embeds.device)
         return {"inputs_embeds": inputs_embeds.masked_scatter(mask, flat)}, context.carry
 
-    def placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`bool[B, T]`, true at placeholders; without ids they are recognised by their embedding."""
         if input_ids is not None and input_ids.numel() > 0:
             return input_ids == self.config.image_token_id
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor]) -> None:
-        """Raises `ValueError` when placeholders and features do not match, naming rows, images and likely cause."""
+    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor], whole_rows: bool = True) -> None:
+        """
+        Raises `ValueError` when placeholders and features do not match, naming rows, images and likely cause.
+
+        Args:
+            mask (`bool[B, T]`): true at placeholders.
+            features: one `float[K, Dt]` for each image.
+            whole_rows: whether the rows are here from start to end, so that every image lies within one of them.
+        """
         expected = [self.placeholders_of(feature) for feature in features]
         if torch.compiler.is_compiling():
             torch_compilable_check(mask.sum() == sum(expected), "Image features and image tokens do not match")
             return
         found = mask.sum(dim=1).tolist()
-        if sum(found) != sum(expected):
+        ends = set(accumulate(expected, initial=0))
+        if sum(found) != sum(expected) or (whole_rows and any(end not in ends for end in accumulate(found))):
             raise ValueError(mismatch_message(found, expected))
 
     # --- read ----------------------------------------------------------------------------------------------------
@@ -352,6 +360,13 @@ class ZooModel(ZooPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         features = self._features(vision_inputs, mm_encoder_outputs)
+        if (
+            features is None
+            and input_ids is not None
+            and past_key_values is None
+            and not torch.compiler.is_compiling()
+        ):
+            self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), [])
         if features is None and self.training and is_sharded():
             inputs_embeds = inputs_embeds + self._zero_of_vision().to(inputs_embeds.device, inputs_embeds.dtype)
         context = FuseContext(
@@ -549,6 +564,23 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
                 model_inputs.pop(name, None)
         return model_inputs
 
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in transformers; placeholders are suppressed whatever else the caller suppresses."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        suppressed = {self.config.image_token_id, *(generation_config.suppress_tokens or [])}
+        generation_config.suppress_tokens = sorted(suppressed)
+        return generation_config, model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """As in transformers; a prompt that does not fit its images is refused before it is answered."""
+        if input_ids is not None and input_ids.numel() > 0 and model_kwargs.get("past_key_values") is None:
+            encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+            features = [] if encoded is None else list(encoded.pooler_output)
+            self.model.check_placeholders(self.model.placeholder_mask(input_ids, None), features)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         if outputs.get("carry") is not None:
@@ -576,7 +608,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Helpers
+# Functions
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,18 @@ Every question about a foreign model (where are its layers, how many prefix toke
 here, and an answer that cannot be found is an error by name.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A height and a width, from one number for both or from two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def build_part(config: PreTrainedConfig, role: str) -> PreTrainedModel:
@@ -46,7 +52,7 @@ def cut_tower(tower: PreTrainedModel, layers: list[int]) -> None:
     What is unused is found by a backward pass of the same tower without weights.
     """
     last = max(*layers, 1)  # a tower keeps one layer, used or not: without any it would record no hidden state
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         states = hidden_states_on_meta(tower.config)
         sum(states.hidden[layer].sum() for layer in (*layers, last)).backward()
     unused = {name for name, parameter in states.tower.named_parameters() if parameter.grad is None}
@@ -76,8 +82,9 @@ class _MetaStates(NamedTuple):
 
 def hidden_states_on_meta(vision_config: PreTrainedConfig) -> _MetaStates:
     """A tower without weights, and its hidden states `float[1, N, Dv]` for one image: shapes and graph, no numbers."""
-    size = vision_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    vision_config = copy.deepcopy(vision_config)
+    vision_config._attn_implementation = "eager"  # other kernels do not run without weights
+    height, width = pair(vision_config.image_size)
     with torch.device("meta"):
         tower = build_part(vision_config, "vision tower")
         pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width, dtype=tower.dtype)
@@ -118,11 +125,10 @@ def measure_tower(vision_config: PreTrainedConfig) -> tuple[int, int]:
     Measures what a fixed-size tower makes of an image.
 
     Returns:
-        Patches a side times a side, and the prefix tokens (CLS, registers) before them.
+        The number of patches, and of the prefix tokens (CLS, registers) before them.
     """
-    size, patch = vision_config.image_size, vision_config.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    height, width = pair(vision_config.image_size)
+    patch_height, patch_width = pair(vision_config.patch_size)
     tokens = hidden_states_on_meta(vision_config).hidden[0].shape[1]
     patches = math.prod((height // patch_height, width // patch_width))
     return patches, tokens - patches

@@ -40,7 +40,7 @@ class ZooProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        if tokenizer is not None and getattr(tokenizer, "image_token", None) is None:
+        if getattr(tokenizer, "image_token", None) is None:
             raise ValueError(
                 f"The tokenizer ({type(tokenizer).__name__}) has no named image token. Load it with "
                 "AutoTokenizer.from_pretrained(folder, image_token='<image>'), or let vlm_zoo.build make the "
@@ -126,6 +126,7 @@ class ZooProcessor(ProcessorMixin):
         """
         if text is not None and not isinstance(text, str) and len(text) == 0:
             raise ValueError("Got an empty list of texts: the batch has no row.")
+        self._check_rows(images, text)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         if (
@@ -145,6 +146,24 @@ class ZooProcessor(ProcessorMixin):
         if return_types:
             encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
         return BatchFeature({**encoded, **processed}, tensor_type=text_kwargs.get("return_tensors"))
+
+    def _check_rows(self, images, text) -> None:
+        """Raises `ValueError` when images that are given row by row do not fit the image tokens of their rows."""
+        if not isinstance(text, list | tuple) or not isinstance(images, list | tuple) or len(images) != len(text):
+            return
+        if not all(isinstance(sample, str) for sample in text) or not all(
+            isinstance(own, list | tuple) for own in images
+        ):
+            return
+        found, given = [sample.count(self.image_token) for sample in text], [len(own) for own in images]
+        if sum(found) != sum(given):
+            return  # the base class counts the whole batch, and says so
+        for row, (tokens, own) in enumerate(zip(found, given, strict=True)):
+            if tokens != own:
+                raise ValueError(
+                    f"The number of {self.image_token} tokens in row {row} should be the same as the number of its "
+                    f"images. Found {tokens} {self.image_token} tokens and {own} images."
+                )
 
     def _encode_expanded(self, text: list[str], replacements: list[str], text_kwargs: dict) -> dict:
         """

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -444,15 +443,19 @@ def checkpoints_carry_their_code(subject: Subject) -> str:
         trainer.save_model(trained)
         student = type(subject.model).from_pretrained(trained).eval()  # the trainer's own still runs under autocast
         save_file({name: value.contiguous() for name, value in batch.items()}, f"{root}/batch.safetensors")
-        expected = {"plain": subject.logits(batch), "trained": Subject(student, subject.processor, 0).logits(batch)}
+        models = {"plain": subject.model, "trained": student}
         for generation in (0, 1):  # what was saved here, then what the foreign process saved
             _open_without_the_zoo(root, generation)
-            for name, logits in expected.items():
-                for path in sorted(Path(root).glob(f"{name}.{generation}.*.safetensors")):
-                    door = path.name.split(".")[2]
-                    found = load_file(path)["logits"]
-                    subject.close(found, logits, f"{name} checkpoint, generation {generation}, through {door}")
-    return "own, TRL's, and both saved again elsewhere; 4 doors each"
+            for name, model in models.items():
+                with torch.no_grad():
+                    expected = {"hidden": model.base_model(**batch).last_hidden_state, "logits": model(**batch).logits}
+                for door in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel"):
+                    found = load_file(f"{root}/{name}.{generation}.{door}.safetensors")
+                    require(("logits" in found) == (door != "AutoModel"), f"{door} gave {sorted(found)}")
+                    for what, values in found.items():
+                        place = f"{name} checkpoint, generation {generation}, {what} through {door}"
+                        subject.close(values, expected[what], place)
+    return "own, TRL's, and both saved again elsewhere, through each of three doors and with their processors"
 
 
 _FOREIGN = """
@@ -466,11 +469,15 @@ for name in ("plain", "trained"):
     folder = f"{root}/{name}" if generation == 0 else f"{root}/{name}.again"
     for door in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel"):
         model = getattr(transformers, door).from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            hidden = model.base_model(**batch).last_hidden_state.contiguous()
+        save_file({"hidden": hidden}, f"{root}/{name}.{generation}.{door}.safetensors")
         if door == "AutoModel":
             assert model.base_model is model, type(model)
             continue
         with torch.no_grad():
-            save_file({"logits": model(**batch).logits.contiguous()}, f"{root}/{name}.{generation}.{door}.safetensors")
+            logits = model(**batch).logits.contiguous()
+        save_file({"hidden": hidden, "logits": logits}, f"{root}/{name}.{generation}.{door}.safetensors")
         model.save_pretrained(f"{root}/{name}.again")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     doors = set(config.auto_map)

@@ -14,7 +14,9 @@ from trl.scripts.dpo import make_parser
 def main(arguments: list[str] | None = None) -> None:
     """Trains as the options say and saves to `output_dir`; `arguments` replace those of the command line."""
     parser = make_parser(prog="vlm-zoo dpo")
-    train(*parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True))
+    script, training, model, mixture = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True)
+    training.trust_remote_code = False  # the installed zoo is what this command is for
+    train(script, training, model, mixture)
 
 
 if __name__ == "__main__":

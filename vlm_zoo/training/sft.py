@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> LeanSFTTrainer:
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
+    training.trust_remote_code = False  # the installed zoo is what this command is for
     processor = AutoProcessor.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     known = {entry.processor.__name__ for entry in ZOO.values()}
     if type(processor).__name__ not in known:
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> LeanSFTTrainer:
             processor,
             max_length=training.max_length,
             pad_to_multiple_of=training.pad_to_multiple_of,
+            dataset_text_field=training.dataset_text_field,
+            completion_only_loss=training.completion_only_loss,
             assistant_only_loss=training.assistant_only_loss,
         ),
         train_dataset=data[script.dataset_train_split],

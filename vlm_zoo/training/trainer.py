@@ -1,6 +1,5 @@
 """TRL's SFT trainer, without the work that nobody asked for on machines that have no GPU."""
 
-import torch
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -15,6 +14,8 @@ class LeanSFTTrainer(SFTTrainer):
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if torch.cuda.is_available():
+        plain = self.args.loss_type == "nll" and not self.aux_loss_enabled
+        plain = plain and self.label_smoother is None and self.compute_loss_func is None
+        if self.accelerator.device.type == "cuda" or not plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
