@@ -360,13 +360,9 @@ class ZooModel(ZooPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         features = self._features(vision_inputs, mm_encoder_outputs)
-        if (
-            features is None
-            and input_ids is not None
-            and past_key_values is None
-            and not torch.compiler.is_compiling()
-        ):
-            self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), [])
+        if features == []:  # an empty pixel_values says that there are no images, so there must be no placeholder
+            self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), features)
+            features = None
         if features is None and self.training and is_sharded():
             inputs_embeds = inputs_embeds + self._zero_of_vision().to(inputs_embeds.device, inputs_embeds.dtype)
         context = FuseContext(
@@ -395,7 +391,7 @@ class ZooModel(ZooPreTrainedModel):
         if encoded is not None:
             raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
         if len(vision_inputs["pixel_values"]) == 0:
-            return None
+            return []
         foreign = [name for name in vision_inputs if name not in self._vision_input_names]
         if foreign:
             raise ValueError(
