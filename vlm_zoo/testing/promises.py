@@ -297,6 +297,16 @@ def wrong_counts_raise(subject: Subject) -> str:
                 require("Likely cause" in str(error) and "row" in str(error), f"{name} is not explained: '{error}'")
         else:
             require(False, f"{name} was accepted")
+    if isinstance(subject.model, ZooPreTrainedModel):
+        alone = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        empty = {**alone, **{name: batch[name][:0] for name in VISION_INPUTS if name in batch}}
+        for name, call, inputs in (("generate", subject.generate, alone), ("forward", subject.logits, empty)):
+            try:
+                call(inputs)
+            except ValueError as error:
+                require("images are missing" in str(error), f"{name} without images: '{error}'")
+            else:
+                require(False, f"{name} accepted placeholders without images")
     for text, images in (
         ("none", [subject.image()]),
         (f"{subject.image_token} two", [subject.image(), subject.image()]),
