@@ -174,20 +174,25 @@ class ZooModel(ZooPreTrainedModel):
     Vision tower, connector and language model, without a head.
 
     An architecture builds its connector as `self.connector` (and modules inside the language model as `self.fusion`)
-    and writes `get_image_features`. It may write `fuse`, `placeholders_of` and `dummy_vision_inputs`.
+    and writes `get_image_features`. It may write `build_tower`, `check_pixels`, `fuse`, `placeholders_of` and
+    `dummy_vision_inputs`.
     """
 
     _auto_class = "AutoModel"
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
-        self.vision_tower = build_part(config.vision_config, "vision tower")
-        cut_tower(self.vision_tower, config.feature_layers)
+        self.build_tower(config)
         self.build_connector(config)
         self.language_model = build_part(config.text_config, "language model")
         named = inspect.signature(self.get_image_features).parameters
         self._vision_input_names = [name for name in VISION_INPUTS if name in named]
         self.post_init()
+
+    def build_tower(self, config: ZooConfig) -> None:
+        """Builds `self.vision_tower` without what no feature uses."""
+        self.vision_tower = build_part(config.vision_config, "vision tower")
+        cut_tower(self.vision_tower, config.feature_layers)
 
     def build_connector(self, config: ZooConfig) -> None:
         """Builds what lies between tower and language model: sets `self.connector`. The architecture writes it."""
@@ -639,6 +644,8 @@ def mismatch_message(found: list[int], expected: list[int]) -> str:
         cause = "the text has no placeholder: a chat template that drops images, or text made without the processor"
     elif not expected:
         cause = "images are missing"
+    elif total == wanted:
+        cause = "images that belong to other rows: texts and images in different orders"
     elif total < wanted:
         cause = "truncated text (a max_length that cuts placeholders) or more images than the text asks for"
     else:
