@@ -161,9 +161,7 @@ class ZooPreTrainedModel(PreTrainedModel):
     def set_trainable_parts(self, parts: list[str]) -> None:
         """Makes exactly the named parts trainable and freezes the others; an unknown name is a `ValueError`. A head
         tied to the embeddings follows the embeddings."""
-        unknown = set(parts) - set(PARTS)
-        if unknown:
-            raise ValueError(f"Unknown part(s) {sorted(unknown)}; the parts of a model are {', '.join(PARTS)}.")
+        check_parts(parts)
         for name, parameter in self.named_parameters():
             if parameter.is_floating_point():  # quantised weights train through an adapter alone
                 parameter.requires_grad_(self.part_of(name) in parts)
@@ -611,6 +609,13 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_parts(parts: list[str]) -> None:
+    """Raises `ValueError` unless every name is a key of `PARTS`."""
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise ValueError(f"Unknown part(s) {sorted(unknown)}; the parts of a model are {', '.join(PARTS)}.")
 
 
 def is_sharded() -> bool:

@@ -12,6 +12,8 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpa
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 from transformers.video_utils import VideoInput
 
+from .parts_vlm import pair
+
 
 # Tokenizer options whose result depends on the expanded text itself; with them the text is expanded before tokenising.
 _NEEDS_EXPANDED_TEXT = (
@@ -60,8 +62,7 @@ class ZooProcessor(ProcessorMixin):
     @classmethod
     def image_fields_from(cls, config) -> dict:
         """The fields of the image processor that a model's config decides."""
-        size = config.vision_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = pair(config.vision_config.image_size)
         return {"size": {"height": height, "width": width}, "do_center_crop": False}
 
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from ..models.modeling_vlm import PARTS, ZooPreTrainedModel
+from ..models.modeling_vlm import PARTS, ZooPreTrainedModel, check_parts
 
 
 def freeze(model: ZooPreTrainedModel, train: list[str]) -> dict[str, int]:
@@ -37,9 +37,7 @@ def lora_targets(model: ZooPreTrainedModel, parts: list[str]) -> str:
 
     `all-linear`, and lists such as `["q_proj", "v_proj"]`, reach into the vision tower as well.
     """
-    unknown = set(parts) - set(PARTS)
-    if unknown:
-        raise ValueError(f"Unknown part(s) {sorted(unknown)}; the parts of a model are {', '.join(PARTS)}.")
+    check_parts(parts)
     head = model.get_output_embeddings()
     names = [
         name
