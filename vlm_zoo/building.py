@@ -55,9 +55,9 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .chat_templates import ChatTemplateError, find_template
+from .chat_templates import ChatTemplateError, find_template, response_tokens
 from .models.modeling_vlm import VISION_INPUTS
-from .models.parts_vlm import measure_tower
+from .models.parts_vlm import measure_tower, part_class
 from .models.processing_vlm import ZooProcessor
 from .registry import ZOO, ZooEntry
 from .saving import writing_folder
@@ -66,7 +66,7 @@ from .saving import writing_folder
 logger = logging.getLogger(__name__)
 
 # What `build` reads from the parts, and nobody else decides.
-_READ_FROM_PARTS = ("vision_config", "text_config", "image_token_id", "num_prefix_tokens")
+_READ_FROM_PARTS = ("vision_config", "text_config", "image_token_id", "num_prefix_tokens", "response_token_ids")
 
 # The fields of a tower's own preprocessing that hold for every architecture; its size and crop come from the config.
 _PIXEL_FIELDS = (
@@ -156,6 +156,7 @@ def build(
         text_config=_portable(text_config),
         image_token_id=tokenizer.image_token_id,
         num_prefix_tokens=num_prefix_tokens,
+        response_token_ids=response_tokens(tokenizer, template),
         **config_overrides,
     )
     model = _assemble(entry, config, tower, missing, causal, dtype or causal.dtype, vision, language)
@@ -275,7 +276,7 @@ def _vision_config(source: str, config: PreTrainedConfig) -> tuple[PreTrainedCon
                 f"The vision tower {kind} has no {name} in its config; expected a vision transformer that turns an "
                 "image of one size into a token of one width for each patch."
             )
-    if type(tower) not in MODEL_MAPPING:
+    if part_class(tower) is None:
         raise BuildError(f"The vision tower {kind} is none that AutoModel opens.")
     try:
         _, num_prefix_tokens = measure_tower(tower)
@@ -434,7 +435,7 @@ def _load_tower(
     options = {"trust_remote_code": False, "output_loading_info": True}
     try:
         with _quiet():
-            tower, info = AutoModel.from_pretrained(source, config=copy.deepcopy(config), **options)
+            tower, info = part_class(config).from_pretrained(source, config=copy.deepcopy(config), **options)
             if config is whole_config or not info["missing_keys"]:
                 return tower, set(info["missing_keys"])
             whole, info = AutoModel.from_pretrained(source, **options)  # a tower under a name of the composite's own

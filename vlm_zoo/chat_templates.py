@@ -183,6 +183,36 @@ def find_template(
     return chosen
 
 
+def response_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int] | None:
+    """
+    The token ids with which a template opens the assistant's turn, as they stand in whole conversations too.
+
+    Returns:
+        The ids, or `None` where question and answer are not kept apart by tokens of their own.
+    """
+    opening = None
+    for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True):
+        asked, answered = [_user(question)], [_user(question), _assistant(answer)]
+        whole = _ids(tokenizer, template, answered, False)
+        before = _common(_ids(tokenizer, template, asked, False), _ids(tokenizer, template, asked, True))
+        found = _common(_ids(tokenizer, template, asked, True), whole)[len(before) :]
+        opening = found if opening is None else _common(opening, found)
+        places = [start for start in range(len(whole)) if whole[start : start + len(found)] == found]
+        if not opening or places[0] != len(before):
+            return None
+    return opening
+
+
+def _ids(tokenizer, template: str, messages: list, prompt: bool) -> list[int]:
+    return tokenizer(_render(tokenizer, template, messages, prompt)[0], add_special_tokens=False)["input_ids"]
+
+
+def _common(one: list[int], other: list[int]) -> list[int]:
+    """What two lists begin with alike."""
+    length = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
+    return one[: min(len(one), len(other)) if length is None else length]
+
+
 def _training_variant(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """TRL's variant, with marks, of the tokenizer's own template; None where it needs none or TRL knows none."""
     from trl.chat_template_utils import get_training_chat_template

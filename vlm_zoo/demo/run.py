@@ -48,7 +48,8 @@ def run(out: str | os.PathLike, arch: str = "llava", *, fast: bool = False, reci
     current = out / "built"
     if not current.exists():
         logger.info("Building a %s from %s and %s", arch, vision, language)
-        build(arch, vision, language, current, vision_feature_layer=-1)  # the tower has one layer, and keeps it
+        small = ZOO[f"zoo_{arch}"].config.small_fields(recipe.vision["hidden_size"])
+        build(arch, vision, language, current, vision_feature_layer=-1, **small)  # the tower keeps its one layer
     stages = []
     for stage in recipe.stages:
         began = time.perf_counter()

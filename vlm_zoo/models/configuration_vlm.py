@@ -39,6 +39,9 @@ class ZooConfig(PreTrainedConfig):
         `"default"` keeps the patch tokens alone, `"full"` keeps the tower's prefix tokens (CLS, registers) too.
     num_prefix_tokens (`int`):
         How many prefix tokens the tower puts before its patches: CLIP 1, SigLIP 0, DINOv2 1 plus its registers.
+    response_token_ids (`list[int]`, *optional*):
+        The tokens with which the chat template opens the assistant's turn. What a row says before the first of them
+        is its question, for architectures that look at it.
     supervised_logits_only (`bool`):
         In training mode, project only the positions that carry a label; `logits` is then `None`.
     """
@@ -67,6 +70,7 @@ class ZooConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     num_prefix_tokens: int = 1
+    response_token_ids: list[int] | None = None
     supervised_logits_only: bool = True
     tie_word_embeddings: bool = False
 
@@ -75,6 +79,15 @@ class ZooConfig(PreTrainedConfig):
         # Decoders keep the flag in their own config; tying is decided at the top, where the head lives.
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
+
+    def validate_language_model(self):
+        """Part of `@strict` validation: the language model is a decoder."""
+        if getattr(self.text_config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"The language model ({self.text_config.model_type}) is an encoder-decoder, expected a decoder: "
+                "trainers need one hidden state for every token of input_ids, but here the encoder reads those, and "
+                "the answer's hidden states are others."
+            )
 
     def validate_feature_layers(self):
         """Part of `@strict` validation: every feature layer is one that the tower has."""
@@ -106,6 +119,12 @@ class ZooConfig(PreTrainedConfig):
     @eos_token_id.setter
     def eos_token_id(self, value: int | list[int] | None) -> None:
         self.text_config.eos_token_id = value
+
+    @classmethod
+    def small_fields(cls, width: int) -> dict:
+        """The fields that make the connector as small as parts of this width ask for, where its defaults are large:
+        what demonstrations and tests build."""
+        return {}
 
     @classmethod
     def doors(cls) -> dict[str, str]:

@@ -19,6 +19,7 @@ output has one hidden state a token, and it never sees labels.
 import inspect
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_utils import load_state_dict, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -45,6 +46,9 @@ VISION_INPUTS = (
     "spatial_shapes",
     "image_position_ids",
 )
+
+# What a processor may add about the prompt, for connectors that read it with a vocabulary of their own.
+QUERY_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
 
 # The parts of a model that can be trained or frozen apart, and the parameter prefixes that belong to each.
 PARTS = {
@@ -94,6 +98,7 @@ class FuseContext:
     past_key_values: Cache | None
     mm_token_type_ids: torch.LongTensor | None
     vision_inputs: dict[str, torch.Tensor]
+    query_inputs: dict[str, torch.Tensor]
     carry: Any
 
 
@@ -131,15 +136,68 @@ class ZooPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
 
     @classmethod
-    def from_pretrained(cls, *args, trainable_parts: list[str] | None = None, **kwargs):
+    def from_pretrained(
+        cls,
+        *args,
+        trainable_parts: list[str] | None = None,
+        parts_from: dict[str, str] | None = None,
+        **kwargs,
+    ):
         """
-        As `PreTrainedModel.from_pretrained`, and `trainable_parts=["connector", …]` freezes all other parts, so that a
-        YAML file can choose what a trainer trains (`model_init_kwargs: {trainable_parts: [connector]}`).
+        As `PreTrainedModel.from_pretrained`, with two options that a YAML file can give as `model_init_kwargs`.
+
+        Args:
+            trainable_parts: freezes all parts but these, such as `["connector"]`.
+            parts_from: folders from which single parts are taken instead, such as `{"connector": "stage-1"}`.
+
+        Raises:
+            ValueError: for an unknown part, or a folder that does not hold exactly that part.
         """
         loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for part, folder in (parts_from or {}).items():
+            model.load_part(part, folder)
         if trainable_parts is not None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).set_trainable_parts(trainable_parts)
+            model.set_trainable_parts(trainable_parts)
         return loaded
+
+    def load_part(self, part: str, folder: str) -> None:
+        """
+        Replaces the weights of one part by those of a saved model.
+
+        Args:
+            part: a key of `PARTS`.
+            folder: of a model, safetensors and all, that the zoo saved.
+
+        Raises:
+            ValueError: for an unknown part, or when the folder lacks a weight of the part or has one of another shape.
+        """
+        check_parts([part])
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"The {part} is to be read from '{folder}', but there is no *.safetensors in it.")
+        prefix = "" if isinstance(self, GenerationMixin) else "model."
+        state = {prefix + name: tensor for name, tensor in self.state_dict(keep_vars=True).items()}
+        wanted = {name for name in state if self.part_of(name) == part}
+        found = {}
+        for file in files:
+            found.update({name: tensor for name, tensor in load_state_dict(str(file)).items() if name in wanted})
+        tied = {name for name in wanted - set(found) if any(state[name] is state[other] for other in found)}
+        missing = sorted(wanted - set(found) - tied)
+        if missing:
+            raise ValueError(
+                f"'{folder}' lacks {len(missing)} of the {len(wanted)} weights of the {part}, such as {missing[0]}: "
+                "was it saved by another architecture, or with other fields in its config?"
+            )
+        for name, tensor in found.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"The {part} of '{folder}' does not fit: {name} is {list(tensor.shape)} there and "
+                    f"{list(state[name].shape)} here."
+                )
+        with torch.no_grad():
+            for name, tensor in found.items():
+                state[name].copy_(tensor)
 
     def part_of(self, name: str) -> str:
         """The part (a key of `PARTS`) that a parameter, named as in the head model, belongs to."""
@@ -172,11 +230,12 @@ class ZooModel(ZooPreTrainedModel):
     Vision tower, connector and language model, without a head.
 
     An architecture builds its connector as `self.connector` (and modules inside the language model as `self.fusion`)
-    and writes `get_image_features`. It may write `build_tower`, `check_pixels`, `fuse`, `placeholders_of` and
-    `dummy_vision_inputs`.
+    and writes `get_image_features`. It may write `build_tower`, `check_pixels`, `fuse`, `fuse_nothing`,
+    `placeholders_of` and `dummy_vision_inputs`.
     """
 
     _auto_class = "AutoModel"
+    query_inputs: tuple[str, ...] = ()  # those of QUERY_INPUTS that the architecture takes
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
@@ -186,6 +245,11 @@ class ZooModel(ZooPreTrainedModel):
         named = inspect.signature(self.get_image_features).parameters
         self._vision_input_names = [name for name in VISION_INPUTS if name in named]
         self.post_init()
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether text without images gets exactly what the language model alone gives it."""
+        return True
 
     def build_tower(self, config: ZooConfig) -> None:
         """Builds `self.vision_tower` without what no feature uses."""
@@ -287,6 +351,45 @@ class ZooModel(ZooPreTrainedModel):
         mask = mask.unsqueeze(-1).to(inputs_embeds.device)
         return {"inputs_embeds": inputs_embeds.masked_scatter(mask, flat)}, context.carry
 
+    def fuse_nothing(
+        self, inputs_embeds: torch.Tensor, blank: list[torch.Tensor], context: FuseContext
+    ) -> tuple[dict[str, Any], Any]:
+        """
+        `fuse` for a batch of text in a sharded training: every vision parameter takes part, and contributes zero.
+
+        Args:
+            blank: the features of `dummy_vision_inputs`.
+        """
+        zero = sum(feature.sum() for feature in blank) * 0.0
+        return self.fuse(inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype), None, context)
+
+    def query_mask(self, context: FuseContext) -> torch.Tensor:
+        """
+        `bool[B, T]`, true at the question: the text before the first response, its placeholders left out.
+
+        A response starts after `config.response_token_ids`. A row without them shows no question: whether its text
+        ends with an answer cannot be told, and an answer must never be looked at.
+
+        Raises:
+            ValueError: without `input_ids`, or when the config does not name `response_token_ids`.
+        """
+        ids, marker = context.input_ids, self.config.response_token_ids
+        if ids is None:
+            raise ValueError(f"{type(self).__name__} reads the question from input_ids, which inputs_embeds replace.")
+        if not marker:
+            raise ValueError(
+                "The config has no response_token_ids, the tokens that open a response, so the question in input_ids "
+                "cannot be told from its answer. `vlm_zoo.build` reads them from the chat template."
+            )
+        if ids.shape[1] < len(marker):
+            return torch.zeros_like(ids, dtype=torch.bool)
+        opens = (ids.unfold(1, len(marker), 1) == torch.tensor(marker, device=ids.device)).all(-1)  # [B, T - len + 1]
+        first = torch.where(opens.any(1), opens.int().argmax(1), 0)
+        mask = torch.arange(ids.shape[1], device=ids.device) < first[:, None]
+        if context.attention_mask is not None and context.attention_mask.ndim == 2:
+            mask &= context.attention_mask[:, -ids.shape[1] :].bool()
+        return mask & (ids != self.config.image_token_id)
+
     def placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`bool[B, T]`, true at placeholders; without ids they are recognised by their embedding."""
         if input_ids is not None and input_ids.numel() > 0:
@@ -328,6 +431,8 @@ class ZooModel(ZooPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         image_position_ids: torch.LongTensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         carry: Any = None,
@@ -340,6 +445,8 @@ class ZooModel(ZooPreTrainedModel):
             input_ids (`int[B, T]`): tokens, with a run of placeholders for each image.
             pixel_values: images as the processor made them; the other vision inputs belong to them.
             inputs_embeds (`float[B, T, Dt]`): instead of `input_ids`.
+            qformer_input_ids, qformer_attention_mask (`int[B, L]`): the prompt of each row in the vocabulary of a
+                connector that has its own.
             mm_encoder_outputs: `{"image": get_image_features(...)}` from an earlier call, instead of `pixel_values`.
             carry: the carry of the prefill, on decode steps.
 
@@ -359,6 +466,9 @@ class ZooModel(ZooPreTrainedModel):
             "image_position_ids": image_position_ids,
         }
         vision_inputs = {name: value for name, value in vision_inputs.items() if value is not None}
+        query_inputs = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        query_inputs = {name: value for name, value in query_inputs.items() if value is not None}
+        self._check_names(query_inputs, self.query_inputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -366,12 +476,21 @@ class ZooModel(ZooPreTrainedModel):
         if features == []:  # an empty pixel_values says that there are no images, so there must be no placeholder
             self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), features)
             features = None
-        if features is None and self.training and is_sharded():
-            inputs_embeds = inputs_embeds + self._zero_of_vision().to(inputs_embeds.device, inputs_embeds.dtype)
         context = FuseContext(
-            input_ids, attention_mask, position_ids, past_key_values, mm_token_type_ids, vision_inputs, carry
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            mm_token_type_ids=mm_token_type_ids,
+            vision_inputs=vision_inputs,
+            query_inputs=query_inputs,
+            carry=carry,
         )
-        lm_inputs, carry = self.fuse(inputs_embeds, features, context)
+        if features is None and self.training and is_sharded():  # ranks must run the same collectives, images or not
+            blank = self.get_image_features(**self.dummy_vision_inputs(), return_dict=True).pooler_output
+            lm_inputs, carry = self.fuse_nothing(inputs_embeds, list(blank), context)
+        else:
+            lm_inputs, carry = self.fuse(inputs_embeds, features, context)
         lm_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **lm_inputs}
         kwargs["return_dict"] = True
         outputs = self.language_model(past_key_values=past_key_values, **lm_inputs, **kwargs)
@@ -395,19 +514,17 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
         if len(vision_inputs["pixel_values"]) == 0:
             return []
-        foreign = [name for name in vision_inputs if name not in self._vision_input_names]
+        self._check_names(vision_inputs, self._vision_input_names)
+        return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
+
+    def _check_names(self, given: dict[str, torch.Tensor], known: list[str] | tuple[str, ...]) -> None:
+        foreign = [name for name in given if name not in known]
         if foreign:
             raise ValueError(
                 f"{type(self).__name__} does not take {', '.join(foreign)}, only "
-                f"{', '.join(self._vision_input_names)}: was this batch made by the processor of another model?"
+                f"{', '.join((*self._vision_input_names, *self.query_inputs))}: was this batch made by the processor "
+                "of another model?"
             )
-        return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
-
-    def _zero_of_vision(self) -> torch.Tensor:
-        """A zero that depends on every vision parameter: sharded ranks must run the same collectives, images or
-        not."""
-        features = self.get_image_features(**self.dummy_vision_inputs(), return_dict=True).pooler_output
-        return sum(feature.sum() for feature in features) * 0.0
 
 
 class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
@@ -470,6 +587,8 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.LongTensor | None = None,
         image_position_ids: torch.LongTensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         carry: Any = None,
@@ -502,6 +621,8 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             image_position_ids=image_position_ids,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             carry=carry,
@@ -559,7 +680,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*VISION_INPUTS, "mm_encoder_outputs"):
+            for name in (*VISION_INPUTS, *QUERY_INPUTS, "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
         return model_inputs
 

@@ -10,7 +10,23 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    Blip2VisionModel,
+    InstructBlipVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+
+# Towers that AutoModel does not know, by the class of their config.
+_WITHOUT_AUTO_ENTRY = {model.config_class: model for model in (Blip2VisionModel, InstructBlipVisionModel)}
+
+# Some towers of transformers were only ever loaded: their own initialiser is too narrow to learn from.
+_NARROWEST_INITIALIZER = 1e-6
+_USUAL_INITIALIZER = 0.02
 
 
 def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -18,11 +34,20 @@ def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def part_class(config: PreTrainedConfig) -> type | None:
+    """The class whose `from_pretrained` opens a tower or a decoder with this config, `None` when there is none."""
+    return AutoModel if type(config) in MODEL_MAPPING else _WITHOUT_AUTO_ENTRY.get(type(config))
+
+
 def build_part(config: PreTrainedConfig, role: str) -> PreTrainedModel:
     """Builds a vision tower or a decoder from its config; an unknown model type is a `ValueError` that names the
     role."""
+    width = getattr(config, "initializer_range", None)
+    if isinstance(width, float) and width < _NARROWEST_INITIALIZER:
+        config.initializer_range = _USUAL_INITIALIZER
+    own_class = _WITHOUT_AUTO_ENTRY.get(type(config))
     try:
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config) if own_class is None else own_class._from_config(config)
     except ValueError as error:
         raise ValueError(
             f"The {role} of model type '{config.model_type}' ({type(config).__name__}) cannot be built: {error}"

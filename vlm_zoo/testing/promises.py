@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel, ProcessorMixin, StoppingCriteria
 from trl import SFTConfig, SFTTrainer
 
-from ..models.modeling_vlm import VISION_INPUTS, ZooPreTrainedModel
+from ..models.modeling_vlm import VISION_INPUTS, ZooModel, ZooPreTrainedModel
 from ..training import ZooDataCollator, trainable_parts
 from .contract import NotApplicable, promise, require
 
@@ -30,6 +30,9 @@ class Subject:
     model: PreTrainedModel
     processor: ProcessorMixin
     tolerance: float
+
+    def __post_init__(self):
+        self.model = opened(self.model)
 
     def image(self, seed: int = 0, height: int = 40, width: int = 56) -> Image.Image:
         pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
@@ -92,6 +95,22 @@ class Subject:
         return Dataset.from_list(rows)
 
 
+def opened(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy without closed gates: parameters between tower and language model that start at zero, so
+    that a fresh model computes what its language model computes. Behind a closed gate no promise could be broken."""
+    closed = [name for name, parameter in model.named_parameters() if is_gate(model, name) and not parameter.any()]
+    if closed:
+        model = copied(model)
+        with torch.no_grad():
+            for name in closed:
+                model.get_parameter(name).fill_(0.5)
+    return model
+
+
+def is_gate(model: PreTrainedModel, name: str) -> bool:
+    return isinstance(model, ZooPreTrainedModel) and name.endswith("_gate") and model.part_of(name) == "fusion"
+
+
 def copied(model: PreTrainedModel) -> PreTrainedModel:
     """A model of its own with the same weights."""
     return copy.deepcopy(model)
@@ -111,6 +130,9 @@ def lasting(config: dict) -> dict:
 
 @promise("text-only input gives the language model's own logits")
 def text_only_is_the_language_model(subject: Subject) -> str:
+    base = subject.model.base_model
+    if isinstance(base, ZooModel) and not base.keeps_text:
+        raise NotApplicable("the config of this model lets text without images pass more than the language model")
     config = subject.model.config.get_text_config()
     language_model = AutoModelForCausalLM.from_config(config).eval()
     decoder = subject.model.get_decoder()

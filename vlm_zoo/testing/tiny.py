@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..chat_templates import plain_template
+from ..chat_templates import plain_template, response_tokens
 from ..models.processing_vlm import ZooProcessor
 from ..registry import ZOO, ZooEntry
 
@@ -124,15 +124,16 @@ def tiny_config(model_type: str, vision: str = "clip", text: str = "llama", **ov
         overrides: fields of the config.
     """
     entry = _entry(model_type)
-    image_token_id = tiny_tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
+    tokenizer = tiny_tokenizer()
     fields = {
         "vision_config": dict(TINY_VISION[vision]),
         "text_config": dict(TINY_TEXT[text]),
-        "image_token_id": image_token_id,
+        "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "response_token_ids": response_tokens(tokenizer, plain_template(IMAGE_TOKEN)),
         "vision_feature_layer": -1,
         "num_prefix_tokens": 0 if vision == "siglip" else 1,
     }
-    return entry.config(**{**fields, **overrides})
+    return entry.config(**{**fields, **entry.config.small_fields(TINY_VISION[vision]["hidden_size"]), **overrides})
 
 
 def tiny_processor(model_type: str, config: PreTrainedConfig | None = None) -> ZooProcessor:

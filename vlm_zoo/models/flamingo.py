@@ -1,0 +1,601 @@
+"""Flamingo: an image is resampled to a few latents, and text looks at them from inside the language model.
+
+Papers: Flamingo (huggingface.co/papers/2204.14198), OpenFlamingo (huggingface.co/papers/2308.01390), OBELICS / IDEFICS
+(huggingface.co/papers/2306.16527), Perceiver (huggingface.co/papers/2103.03206).
+
+Paper map:
+    2.1 Perceiver Resampler, keys and values from [features; latents]   `PerceiverResampler`
+    2.1 temporal embeddings of video frames                            `frame_embeddings`
+    2.2 GATED XATTN-DENSE before every n-th layer, gates zero at first  `FlamingoBlock`, `cross_attention_interval`
+    2.3 a token sees the immediately preceding image alone              `media_mask`, `only_immediate_media`
+    IDEFICS: RMSNorm, gated feed-forward, vector gates                  `cross_attention_norm`, `gated_feed_forward`,
+                                                                        `gate_type`
+
+Deviations: a token that sees no image skips the block, feed-forward and all, so that it gets exactly what the language
+model alone would give it; with `feed_forward_without_media=True` the feed-forward runs on every token, as it does in
+OpenFlamingo and IDEFICS. One placeholder stands for an image or for a clip, whatever its number of frames. Clips of
+more frames than there are frame embeddings get interpolated ones, as in the paper's evaluation.
+
+The language model is wrapped without being renamed: its layers keep their names and their code, and a hook in front of
+every layer runs the block that belongs there. Keys and values of an image are computed once and travel as the carry.
+"""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional as F
+from transformers import BatchFeature, GenerationMixin
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vlm import ZooConfig, publish
+from .layers import attend, split_heads
+from .modeling_vlm import FuseContext, ZooForConditionalGeneration, ZooModel
+from .parts_vlm import find_layers
+from .processing_vlm import ZooProcessor
+
+
+@strict
+class ZooFlamingoConfig(ZooConfig):
+    r"""
+    Configuration of Flamingo; the fields that all architectures share are those of `ZooConfig`.
+
+    num_latents (`int`): latents that an image or a clip is resampled to.
+    resampler_depth (`int`): layers of the resampler; 0 hands the tower's features on as they are, images only.
+    resampler_num_heads, resampler_head_dim (`int`): its attention.
+    resampler_intermediate_size (`int`, *optional*): width of its feed-forward, by default four times the tower's.
+    resampler_hidden_act (`str`): activation of its feed-forward.
+    num_frame_embeddings (`int`): learned embeddings of the frames of a clip; 0 for none.
+    cross_attention_interval (`int`):
+        A block stands before every so many-th layer of the language model; in one with fewer layers, before its last.
+    cross_attention_layers (`list[int]`, *optional*): the layers with a block, instead of an interval.
+    cross_attention_num_heads, cross_attention_head_dim (`int`): attention of the blocks.
+    cross_attention_norm (`"layer_norm"` or `"rms_norm"`): their norms; `cross_attention_norm_eps` is the epsilon.
+    qk_norm (`bool`): whether resampler and blocks normalise queries and keys in each head.
+    feed_forward_size (`int`, *optional*): width of the blocks' feed-forward, by default four times the model's.
+    feed_forward_act (`str`): its activation.
+    gated_feed_forward (`bool`): whether it is a gated linear unit.
+    gate_type (`"scalar"` or `"vector"`): one tanh gate for all channels, or one for each.
+    only_immediate_media (`bool`): a token sees the last image before it (true), or all images before it.
+    feed_forward_without_media (`bool`): whether the feed-forward runs on tokens that see no image.
+    """
+
+    model_type = "zoo_flamingo"
+
+    num_latents: int = 64
+    resampler_depth: int = 6
+    resampler_num_heads: int = 8
+    resampler_head_dim: int = 64
+    resampler_intermediate_size: int | None = None
+    resampler_hidden_act: str = "gelu"
+    num_frame_embeddings: int = 8
+    cross_attention_interval: int = 4
+    cross_attention_layers: list[int] | None = None
+    cross_attention_num_heads: int = 8
+    cross_attention_head_dim: int = 64
+    cross_attention_norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    cross_attention_norm_eps: float = 1e-5
+    qk_norm: bool = False
+    feed_forward_size: int | None = None
+    feed_forward_act: str = "gelu"
+    gated_feed_forward: bool = False
+    gate_type: Literal["scalar", "vector"] = "scalar"
+    only_immediate_media: bool = True
+    feed_forward_without_media: bool = False
+
+    def validate_sizes(self):
+        """Part of `@strict` validation."""
+        for name in ("num_latents", "cross_attention_interval", "resampler_num_heads", "resampler_head_dim",
+                     "cross_attention_num_heads", "cross_attention_head_dim"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("resampler_depth", "num_frame_embeddings"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}.")
+
+    def validate_cross_attention_layers(self):
+        """Part of `@strict` validation: every block stands before a layer that the language model has."""
+        depth = getattr(self.text_config, "num_hidden_layers", None)
+        layers = self.cross_attention_layers
+        if layers is None or depth is None:
+            return
+        if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
+            raise ValueError(
+                f"cross_attention_layers is {layers}; expected ascending numbers of layers of the language model, "
+                f"which has {depth} (0 to {depth - 1})."
+            )
+
+    @property
+    def gated_layers(self) -> list[int]:
+        """The layers of the language model that a block stands before."""
+        if self.cross_attention_layers is not None:
+            return self.cross_attention_layers
+        depth, interval = self.text_config.num_hidden_layers, self.cross_attention_interval
+        return list(range(interval - 1, depth, interval)) or [depth - 1]
+
+    @property
+    def media_width(self) -> int:
+        """Width of the features that the blocks look at."""
+        return self.vision_config.hidden_size * len(self.feature_layers)
+
+    @classmethod
+    def small_fields(cls, width: int) -> dict:
+        heads = max(1, width // 32)
+        return {
+            "num_latents": 9,
+            "resampler_depth": 1,
+            "resampler_num_heads": heads,
+            "resampler_head_dim": width // heads,
+            "cross_attention_interval": 1,
+            "cross_attention_num_heads": heads,
+            "cross_attention_head_dim": width // heads,
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PerceiverLayer(GradientCheckpointingLayer):
+    """Latents look at features and at themselves, then pass a feed-forward; both are added to them."""
+
+    def __init__(self, config: ZooFlamingoConfig):
+        super().__init__()
+        self.config = config
+        width, head_dim = config.media_width, config.resampler_head_dim
+        inner = config.resampler_num_heads * head_dim
+        intermediate = config.resampler_intermediate_size or 4 * width
+        self.media_norm = nn.LayerNorm(width)
+        self.latents_norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(width, inner, bias=False)
+        self.value = nn.Linear(width, inner, bias=False)
+        self.output = nn.Linear(inner, width, bias=False)
+        self.query_norm = nn.LayerNorm(head_dim) if config.qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(head_dim) if config.qk_norm else nn.Identity()
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward_in = nn.Linear(width, intermediate, bias=False)
+        self.act = ACT2FN[config.resampler_hidden_act]
+        self.feed_forward_out = nn.Linear(intermediate, width, bias=False)
+
+    def forward(self, latents: torch.Tensor, media: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            latents: `float[I, K, Dv]`.
+            media (`float[I, S, Dv]`): the features of all frames of an image or clip.
+            mask (`bool[I, 1, 1, S + K]`): false at frames that are padding.
+        """
+        normed = self.latents_norm(latents)
+        seen = torch.cat((self.media_norm(media), normed), dim=1)  # [I, S + K, Dv]
+        head_dim = self.config.resampler_head_dim
+        query = self.query_norm(split_heads(self.query(normed), head_dim))
+        key = self.key_norm(split_heads(self.key(seen), head_dim))
+        value = split_heads(self.value(seen), head_dim)
+        attended = attend(query, key, value, mask, implementation=self.config._attn_implementation)
+        latents = latents + self.output(attended)
+        return latents + self.feed_forward_out(self.act(self.feed_forward_in(self.feed_forward_norm(latents))))
+
+
+class PerceiverResampler(nn.Module):
+    """Any number of features to `num_latents` latents."""
+
+    def __init__(self, config: ZooFlamingoConfig):
+        super().__init__()
+        self.config = config
+        width = config.media_width
+        if config.num_frame_embeddings:
+            self.frame_embeddings = nn.Parameter(torch.empty(config.num_frame_embeddings, width))
+        if config.resampler_depth:
+            self.latents = nn.Parameter(torch.empty(config.num_latents, width))
+            self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.resampler_depth))
+            self.norm = nn.LayerNorm(width)
+
+    def forward(self, patches: torch.Tensor, frames: list[int]) -> torch.Tensor:
+        """
+        Args:
+            patches (`float[R, N, Dv]`): the features of all frames of all images and clips, one after the other.
+            frames: how many frames each image (1) or clip has; their sum is R.
+
+        Returns:
+            `float[I, K, Dv]`, of equal length whatever the number of frames.
+        """
+        dtype = (self.norm.weight if self.config.resampler_depth else patches).dtype
+        patches = patches.to(dtype)
+        if self.config.num_frame_embeddings:
+            patches = patches + self.time(frames)[:, None].to(patches)
+        if self.config.resampler_depth == 0:
+            return patches
+        longest, mask = max(frames), None
+        if longest == 1:
+            media = patches
+        else:
+            media = nn.utils.rnn.pad_sequence(patches.split(frames), batch_first=True).flatten(1, 2)  # [I, F * N, Dv]
+            there = torch.arange(longest, device=patches.device) < torch.tensor(frames, device=patches.device)[:, None]
+            mask = there.repeat_interleave(patches.shape[1], dim=1)
+            mask = F.pad(mask, (0, self.config.num_latents), value=True)[:, None, None]
+        latents = self.latents.expand(len(frames), -1, -1).to(media.dtype)
+        for layer in self.layers:
+            latents = layer(latents, media, mask)
+        return self.norm(latents)
+
+    def time(self, frames: list[int]) -> torch.Tensor:
+        """`float[R, Dv]`, the embedding of every frame's place in its clip."""
+        table, rows = self.frame_embeddings, {}
+        for count in set(frames):
+            rows[count] = table[:count]
+            if count > len(table):
+                stretched = F.interpolate(table.float().T[None], size=count, mode="linear", align_corners=True)
+                rows[count] = stretched[0].T.to(table.dtype)
+        return torch.cat([rows[count] for count in frames])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks inside the language model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FlamingoMedia(NamedTuple):
+    """
+    The carry: what later tokens need of the images so far.
+
+    keys, values: for every block, `float[B, H, M * K, D]`.
+    order (`int[B, M]`): the number of each image in its row, from 1; 0 where a row has fewer images than others.
+    seen (`int[B]`): how many images each row has had.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    order: torch.Tensor
+    seen: torch.Tensor
+
+
+class CachedPrefix(NamedTuple):
+    """A carry for a prompt whose beginning lies in the cache already: `bool[B, P]`, true at its placeholders. The
+    images of the prefix come along with those of the rest."""
+
+    placeholders: torch.Tensor
+
+
+class MediaStep(NamedTuple):
+    """What the blocks look at in one forward: `keys` and `values` as in the carry, `mask` `bool[B, 1, T, M * K]`, and
+    `sees` `bool[B, T, 1]`, true for tokens that see an image. Without any image all are empty."""
+
+    keys: tuple[torch.Tensor, ...] = ()
+    values: tuple[torch.Tensor, ...] = ()
+    mask: torch.Tensor | None = None
+    sees: torch.Tensor | None = None
+
+
+def media_mask(time: torch.Tensor, order: torch.Tensor, only_immediate: bool) -> torch.Tensor:
+    """
+    Which tokens see which images.
+
+    Args:
+        time (`int[B, T]`): how many images of its row came up to a token, its own placeholder included.
+        order (`int[B, M]`): the number of each image in its row, from 1; 0 for none.
+        only_immediate: whether a token sees the last of them alone.
+
+    Returns:
+        `bool[B, T, M]`
+    """
+    time, order = time[:, :, None], order[:, None, :]
+    return (order > 0) & (order == time if only_immediate else order <= time)
+
+
+class FlamingoBlock(GradientCheckpointingLayer):
+    """Text looks at images, then passes a feed-forward; each is added through a tanh gate that starts at zero."""
+
+    def __init__(self, config: ZooFlamingoConfig):
+        super().__init__()
+        self.config = config
+        width, head_dim = config.text_config.hidden_size, config.cross_attention_head_dim
+        inner = config.cross_attention_num_heads * head_dim
+        size = config.feed_forward_size or 4 * width
+        norm = nn.LayerNorm if config.cross_attention_norm == "layer_norm" else nn.RMSNorm
+        eps = config.cross_attention_norm_eps
+        gates = 1 if config.gate_type == "scalar" else width
+        self.attention_norm = norm(width, eps=eps)
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key = nn.Linear(config.media_width, inner, bias=False)
+        self.value = nn.Linear(config.media_width, inner, bias=False)
+        self.output = nn.Linear(inner, width, bias=False)
+        self.query_norm = norm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
+        self.key_norm = norm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
+        self.attention_gate = nn.Parameter(torch.empty(gates))
+        self.feed_forward_norm = norm(width, eps=eps)
+        self.feed_forward_in = nn.Linear(width, size, bias=False)
+        if config.gated_feed_forward:
+            self.feed_forward_gate_in = nn.Linear(width, size, bias=False)
+        self.act = ACT2FN[config.feed_forward_act]
+        self.feed_forward_out = nn.Linear(size, width, bias=False)
+        self.feed_forward_gate = nn.Parameter(torch.empty(gates))
+
+    def look_at(self, media: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`float[B, S, Dv]` to keys and values `float[B, H, S, D]`."""
+        head_dim = self.config.cross_attention_head_dim
+        return self.key_norm(split_heads(self.key(media), head_dim)), split_heads(self.value(media), head_dim)
+
+    def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
+        normed = self.feed_forward_norm(states)
+        inner = self.feed_forward_in(normed)
+        if self.config.gated_feed_forward:
+            inner = self.act(self.feed_forward_gate_in(normed)) * inner
+        else:
+            inner = self.act(inner)
+        return states + self.feed_forward_gate.tanh() * self.feed_forward_out(inner)
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        sees: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`float[B, T, Dt]` to the same, with what this block sees in `key` and `value`; see `MediaStep`."""
+        if key is None:
+            return self.feed_forward(states) if self.config.feed_forward_without_media else states
+        query = self.query_norm(
+            split_heads(self.query(self.attention_norm(states)), self.config.cross_attention_head_dim)
+        )
+        attended = attend(query, key, value, mask, implementation=self.config._attn_implementation)
+        attended = self.output(attended).masked_fill(~sees, 0.0)
+        fused = self.feed_forward(states + self.attention_gate.tanh() * attended)
+        return fused if self.config.feed_forward_without_media else torch.where(sees, fused, states)
+
+
+class FlamingoFusion(nn.Module):
+    """The blocks, in the order of the layers that they stand before."""
+
+    def __init__(self, config: ZooFlamingoConfig):
+        super().__init__()
+        self.blocks = nn.ModuleList(FlamingoBlock(config) for _ in config.gated_layers)
+
+    def look_at(self, media: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """`float[B, S, Dv]` to the keys and the values of every block."""
+        pairs = [block.look_at(media) for block in self.blocks]
+        return tuple(key for key, _ in pairs), tuple(value for _, value in pairs)
+
+    def forward(self, position: int, states: torch.Tensor, media: MediaStep) -> torch.Tensor:
+        """Runs one block on `float[B, T, Dt]`."""
+        if not media.keys:
+            return self.blocks[position](states, None, None, None, None)
+        return self.blocks[position](states, media.keys[position], media.values[position], media.mask, media.sees)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ZooFlamingoModel(ZooModel):
+    """Vision tower, resampler, language model, and blocks before some of its layers."""
+
+    config: ZooFlamingoConfig
+    _no_split_modules = ["PerceiverLayer", "FlamingoBlock"]
+
+    def __init__(self, config: ZooFlamingoConfig):
+        super().__init__(config)
+        holder, name = find_layers(self.language_model)
+        places = {layer: position for position, layer in enumerate(config.gated_layers)}
+        for index, layer in enumerate(getattr(holder, name)):
+            layer.register_forward_pre_hook(partial(self.enter_layer, places.get(index)), with_kwargs=True)
+
+    @property
+    def keeps_text(self) -> bool:
+        return not self.config.feed_forward_without_media
+
+    def build_connector(self, config: ZooFlamingoConfig) -> None:
+        self.connector = PerceiverResampler(config)
+        self.fusion = FlamingoFusion(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PerceiverResampler):
+            if self.config.resampler_depth:
+                init.normal_(module.latents, mean=0.0, std=1.0)
+            if self.config.num_frame_embeddings:
+                init.normal_(module.frame_embeddings, mean=0.0, std=0.02)
+        elif isinstance(module, FlamingoBlock):
+            init.zeros_(module.attention_gate)
+            init.zeros_(module.feed_forward_gate)
+
+    def enter_layer(self, position: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Runs the block in front of a layer of the language model, `None` for none, and takes `media` out of what the
+        layer is given."""
+        if "media" not in kwargs:
+            raise ValueError(
+                f"{type(layer).__name__} was called without media. Call the vision-language model instead of its "
+                "language model; if you did, this decoder does not hand keyword arguments on to its layers and cannot "
+                "be the language model of a Flamingo."
+            )
+        media = kwargs.pop("media")
+        if position is None:
+            return args, kwargs
+        if args:
+            return (self.fusion(position, args[0], media), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.fusion(position, kwargs["hidden_states"], media)}
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Images and clips to latents.
+
+        Args:
+            pixel_values (`float[R, C, H, W]`): images, and the frames of clips, one after the other.
+            image_grid_thw (`int[I, 3]`):
+                For each image or clip its number of frames, 1, and 1; without it every row of pixels is an image.
+
+        Returns:
+            The tower's output with `pooler_output`: one `float[K, Dv]` for each image or clip.
+        """
+        frames = [1] * len(pixel_values) if image_grid_thw is None else self._frames(pixel_values, image_grid_thw)
+        outputs, patches = self.see(pixel_values, **kwargs)
+        outputs.pooler_output = list(self.connector(patches, frames))
+        return outputs
+
+    def _frames(self, pixel_values: torch.Tensor, image_grid_thw: torch.LongTensor) -> list[int]:
+        grid = torch.as_tensor(image_grid_thw)
+        if grid.ndim != 2 or grid.shape[1] != 3 or (grid[:, 1:] != 1).any() or (grid[:, 0] < 1).any():
+            raise ValueError(
+                f"image_grid_thw must hold [frames, 1, 1] for each image or clip, got {grid.tolist()}: was this batch "
+                "made by the processor of another model?"
+            )
+        frames = grid[:, 0].tolist()
+        if sum(frames) != len(pixel_values):
+            raise ValueError(
+                f"image_grid_thw counts {sum(frames)} frames, pixel_values holds {len(pixel_values)}: frames and grid "
+                "belong to different batches."
+            )
+        if max(frames) > 1 and self.config.resampler_depth == 0:
+            raise ValueError("A model without a resampler (resampler_depth=0) takes images, not clips.")
+        return frames
+
+    def placeholders_of(self, features: torch.Tensor) -> int:
+        return 1
+
+    def fuse(
+        self, inputs_embeds: torch.Tensor, features: list[torch.Tensor] | None, context: FuseContext
+    ) -> tuple[dict[str, Any], FlamingoMedia | None]:
+        """
+        Hands images to the blocks; embeddings stay as they are, those of placeholders too.
+
+        The carry counts only beside a cache: without one every forward starts with the first token.
+        """
+        carry = None if context.past_key_values is None else context.carry
+        prefix = carry.placeholders if isinstance(carry, CachedPrefix) else None
+        carry = carry if isinstance(carry, FlamingoMedia) else None
+        if features is None and carry is None:
+            return {"inputs_embeds": inputs_embeds, "media": MediaStep()}, None
+        rows, length = inputs_embeds.shape[:2]
+        if features is None:
+            time = carry.seen[:, None].expand(rows, length)
+            return self._step(inputs_embeds, time, carry)
+        mask = self.placeholder_mask(context.input_ids, inputs_embeds).to(inputs_embeds.device)  # bool[B, T]
+        if prefix is not None:
+            mask = torch.cat((prefix.to(mask.device), mask), dim=1)
+        self.check_placeholders(mask, features, whole_rows=context.past_key_values is None or prefix is not None)
+        counts, time = mask.sum(dim=1), mask.cumsum(dim=1)[:, -length:]  # int[B], int[B, T]
+        slots = len(features) if torch.compiler.is_compiling() else int(counts.max())
+        place = torch.arange(slots, device=mask.device)
+        there = place < counts[:, None]
+        index = torch.where(there, (counts.cumsum(0) - counts)[:, None] + place, 0)  # int[B, M]
+        order = torch.where(there, place + 1, 0)
+        new = self._remember(inputs_embeds, features, index, order, counts)
+        if carry is not None:
+            time = time + carry.seen[:, None]
+            new = FlamingoMedia(
+                tuple(torch.cat(pair, dim=2) for pair in zip(carry.keys, new.keys, strict=True)),
+                tuple(torch.cat(pair, dim=2) for pair in zip(carry.values, new.values, strict=True)),
+                torch.cat((carry.order, torch.where(there, order + carry.seen[:, None], 0)), dim=1),
+                carry.seen + new.seen,
+            )
+        return self._step(inputs_embeds, time, new)
+
+    def fuse_nothing(self, inputs_embeds, blank, context):
+        rows = len(inputs_embeds)
+        nothing = torch.zeros(rows, 1, dtype=torch.long, device=inputs_embeds.device)
+        media = self._remember(inputs_embeds, blank, nothing, nothing, nothing[:, 0])
+        return self._step(inputs_embeds, nothing.expand(rows, inputs_embeds.shape[1]), media)
+
+    def _remember(self, inputs_embeds, features, index, order, seen) -> FlamingoMedia:
+        """Keys and values of the images `index` int[B, M] of `features`, for every block."""
+        media = torch.stack(list(features)).to(inputs_embeds.device, inputs_embeds.dtype)[index]  # [B, M, K, Dv]
+        keys, values = self.fusion.look_at(media.flatten(1, 2))
+        return FlamingoMedia(keys, values, order, seen)
+
+    def _step(self, inputs_embeds, time, media: FlamingoMedia) -> tuple[dict[str, Any], FlamingoMedia]:
+        visible = media_mask(time, media.order, self.config.only_immediate_media)  # bool[B, T, M]
+        sees = visible.any(dim=-1, keepdim=True)
+        # Tokens that see nothing look at everything, so that no softmax is empty; what they find is thrown away.
+        mask = (visible | ~sees).repeat_interleave(media.keys[0].shape[2] // visible.shape[2], dim=-1)[:, None]
+        step = MediaStep(media.keys, media.values, mask, sees)
+        return {"inputs_embeds": inputs_embeds, "media": step}, self._kept(media)
+
+    def _kept(self, media: FlamingoMedia) -> FlamingoMedia:
+        """What later tokens can see: where only the last image counts, that one alone."""
+        slots = media.order.shape[1]
+        if not self.config.only_immediate_media or slots == 1:
+            return media
+        last = media.order.argmax(dim=1)  # int[B]
+        rows = torch.arange(len(last), device=last.device)
+
+        def pick(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(2, (slots, -1))[rows, :, last]  # float[B, H, K, D]
+
+        keys, values = tuple(map(pick, media.keys)), tuple(map(pick, media.values))
+        return FlamingoMedia(keys, values, media.order[rows, last][:, None], media.seen)
+
+
+class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, GenerationMixin):
+    """Flamingo with the language model's head."""
+
+    config: ZooFlamingoConfig
+    base_model_class = ZooFlamingoModel
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        ids = model_inputs.get("input_ids")
+        if is_first_iteration and model_inputs.get("carry") is None and ids is not None:
+            cached = input_ids.shape[1] - ids.shape[1]
+            if cached > 0:  # the answer goes on from a cache: its images are needed again, their tokens are not
+                model_inputs["carry"] = CachedPrefix(input_ids[:, :cached] == self.config.image_token_id)
+        return model_inputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ZooFlamingoProcessor(ZooProcessor):
+    """
+    Images and text to a batch for Flamingo: one placeholder for an image.
+
+    Where the images are given row by row, a list in place of an image is a clip: its frames, in their order. Then
+    `pixel_values` holds all frames and `image_grid_thw` says how many belong together.
+    """
+
+    @classmethod
+    def fields_from(cls, config: ZooFlamingoConfig) -> dict:
+        return {}
+
+    def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
+        return 1
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        clips = [image for row in images for image in row] if _row_by_row(images) else []
+        if not any(isinstance(clip, list | tuple) for clip in clips):
+            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        clips = [clip if isinstance(clip, list | tuple) else [clip] for clip in clips]
+        if not all(clips):
+            raise ValueError("A clip without frames was given: the list in place of an image is empty.")
+        first = [[clip[0] if isinstance(clip, list | tuple) else clip for clip in row] for row in images]
+        batch = super().__call__(images=first, text=text, videos=videos, audio=audio, **kwargs)
+        later = [frame for clip in clips for frame in clip[1:]]
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
+        rest = iter(self.image_processor(later, **merged)["pixel_values"])
+        pairs = zip(batch["pixel_values"], clips, strict=True)
+        frames = [[pixels, *(next(rest) for _ in clip[1:])] for pixels, clip in pairs]
+        batch["pixel_values"] = [pixels for clip in frames for pixels in clip]
+        batch["image_grid_thw"] = [[len(clip), 1, 1] for clip in clips]
+        return BatchFeature(dict(batch), tensor_type=kwargs.get("return_tensors"))
+
+
+def _row_by_row(images) -> bool:
+    return isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
+
+
+publish(ZooFlamingoConfig)
