@@ -15,14 +15,14 @@ from transformers import (
     AutoProcessor,
 )
 
-from .models import flamingo, llava
+from .models import blip2, flamingo, llava
 from .models.configuration_vlm import ZooConfig
 from .models.image_processing_vlm import ZooImageProcessor
 from .models.modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .models.processing_vlm import ZooProcessor
 
 
-ARCHITECTURES = (llava, flamingo)
+ARCHITECTURES = (llava, blip2, flamingo)
 
 
 @dataclass(frozen=True)

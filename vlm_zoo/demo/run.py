@@ -48,7 +48,7 @@ def run(out: str | os.PathLike, arch: str = "llava", *, fast: bool = False, reci
     current = out / "built"
     if not current.exists():
         logger.info("Building a %s from %s and %s", arch, vision, language)
-        small = ZOO[f"zoo_{arch}"].config.small_fields(recipe.vision["hidden_size"])
+        small = ZOO[f"zoo_{arch}"].config.small_fields(recipe.vision["hidden_size"], from_scratch=True)
         build(arch, vision, language, current, vision_feature_layer=-1, **small)  # the tower keeps its one layer
     stages = []
     for stage in recipe.stages:

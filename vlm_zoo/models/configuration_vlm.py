@@ -121,9 +121,14 @@ class ZooConfig(PreTrainedConfig):
         self.text_config.eos_token_id = value
 
     @classmethod
-    def small_fields(cls, width: int) -> dict:
-        """The fields that make the connector as small as parts of this width ask for, where its defaults are large:
-        what demonstrations and tests build."""
+    def small_fields(cls, width: int, from_scratch: bool = False) -> dict:
+        """
+        The fields that make the connector as small as parts of this width ask for, where its defaults are large: what
+        demonstrations and tests build.
+
+        Args:
+            from_scratch: whether the parts have learned nothing yet that must be kept.
+        """
         return {}
 
     @classmethod

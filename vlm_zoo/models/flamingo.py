@@ -36,7 +36,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
 from .layers import attend, split_heads
-from .modeling_vlm import FuseContext, ZooForConditionalGeneration, ZooModel
+from .modeling_vlm import VISION_INPUTS, FuseContext, ZooForConditionalGeneration, ZooModel
 from .parts_vlm import find_layers
 from .processing_vlm import ZooProcessor
 
@@ -51,17 +51,19 @@ class ZooFlamingoConfig(ZooConfig):
     resampler_num_heads, resampler_head_dim (`int`): its attention.
     resampler_intermediate_size (`int`, *optional*): width of its feed-forward, by default four times the tower's.
     resampler_hidden_act (`str`): activation of its feed-forward.
+    resampler_qk_norm (`bool`): whether it normalises queries and keys in each head.
     num_frame_embeddings (`int`): learned embeddings of the frames of a clip; 0 for none.
     cross_attention_interval (`int`):
         A block stands before every so many-th layer of the language model; in one with fewer layers, before its last.
     cross_attention_layers (`list[int]`, *optional*): the layers with a block, instead of an interval.
     cross_attention_num_heads, cross_attention_head_dim (`int`): attention of the blocks.
     cross_attention_norm (`"layer_norm"` or `"rms_norm"`): their norms; `cross_attention_norm_eps` is the epsilon.
-    qk_norm (`bool`): whether resampler and blocks normalise queries and keys in each head.
+    cross_attention_qk_norm (`bool`): whether they normalise queries and keys in each head.
     feed_forward_size (`int`, *optional*): width of the blocks' feed-forward, by default four times the model's.
     feed_forward_act (`str`): its activation.
     gated_feed_forward (`bool`): whether it is a gated linear unit.
     gate_type (`"scalar"` or `"vector"`): one tanh gate for all channels, or one for each.
+    gate_init (`float`): where the gates start. At 0 a fresh model computes what its language model computes.
     only_immediate_media (`bool`): a token sees the last image before it (true), or all images before it.
     feed_forward_without_media (`bool`): whether the feed-forward runs on tokens that see no image.
     """
@@ -74,6 +76,7 @@ class ZooFlamingoConfig(ZooConfig):
     resampler_head_dim: int = 64
     resampler_intermediate_size: int | None = None
     resampler_hidden_act: str = "gelu"
+    resampler_qk_norm: bool = False
     num_frame_embeddings: int = 8
     cross_attention_interval: int = 4
     cross_attention_layers: list[int] | None = None
@@ -81,11 +84,12 @@ class ZooFlamingoConfig(ZooConfig):
     cross_attention_head_dim: int = 64
     cross_attention_norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     cross_attention_norm_eps: float = 1e-5
-    qk_norm: bool = False
+    cross_attention_qk_norm: bool = False
     feed_forward_size: int | None = None
     feed_forward_act: str = "gelu"
     gated_feed_forward: bool = False
     gate_type: Literal["scalar", "vector"] = "scalar"
+    gate_init: float = 0.0
     only_immediate_media: bool = True
     feed_forward_without_media: bool = False
 
@@ -125,7 +129,7 @@ class ZooFlamingoConfig(ZooConfig):
         return self.vision_config.hidden_size * len(self.feature_layers)
 
     @classmethod
-    def small_fields(cls, width: int) -> dict:
+    def small_fields(cls, width: int, from_scratch: bool = False) -> dict:
         heads = max(1, width // 32)
         return {
             "num_latents": 9,
@@ -135,6 +139,8 @@ class ZooFlamingoConfig(ZooConfig):
             "cross_attention_interval": 1,
             "cross_attention_num_heads": heads,
             "cross_attention_head_dim": width // heads,
+            # Closed gates protect what a language model knows. Where it knows nothing they only cost time.
+            "gate_init": 1.0 if from_scratch else 0.0,
         }
 
 
@@ -158,8 +164,8 @@ class PerceiverLayer(GradientCheckpointingLayer):
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(width, inner, bias=False)
         self.output = nn.Linear(inner, width, bias=False)
-        self.query_norm = nn.LayerNorm(head_dim) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.LayerNorm(head_dim) if config.qk_norm else nn.Identity()
+        self.query_norm = nn.LayerNorm(head_dim) if config.resampler_qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(head_dim) if config.resampler_qk_norm else nn.Identity()
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward_in = nn.Linear(width, intermediate, bias=False)
         self.act = ACT2FN[config.resampler_hidden_act]
@@ -306,8 +312,8 @@ class FlamingoBlock(GradientCheckpointingLayer):
         self.key = nn.Linear(config.media_width, inner, bias=False)
         self.value = nn.Linear(config.media_width, inner, bias=False)
         self.output = nn.Linear(inner, width, bias=False)
-        self.query_norm = norm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
-        self.key_norm = norm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
+        self.query_norm = norm(head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
+        self.key_norm = norm(head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
         self.attention_gate = nn.Parameter(torch.empty(gates))
         self.feed_forward_norm = norm(width, eps=eps)
         self.feed_forward_in = nn.Linear(width, size, bias=False)
@@ -405,8 +411,8 @@ class ZooFlamingoModel(ZooModel):
             if self.config.num_frame_embeddings:
                 init.normal_(module.frame_embeddings, mean=0.0, std=0.02)
         elif isinstance(module, FlamingoBlock):
-            init.zeros_(module.attention_gate)
-            init.zeros_(module.feed_forward_gate)
+            init.constant_(module.attention_gate, self.config.gate_init)
+            init.constant_(module.feed_forward_gate, self.config.gate_init)
 
     def enter_layer(self, position: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Runs the block in front of a layer of the language model, `None` for none, and takes `media` out of what the
@@ -538,7 +544,14 @@ class ZooFlamingoModel(ZooModel):
 
 
 class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, GenerationMixin):
-    """Flamingo with the language model's head."""
+    """
+    Flamingo with the language model's head.
+
+    The cache holds the language model's keys and values, the carry those of the images. `generate` keeps both. A loop
+    of one's own hands `carry=outputs.carry` to the next step beside `past_key_values`; without it the new tokens see
+    no image. To go on from the cache of an earlier `generate`, give it all tokens and all images, the earlier ones
+    too.
+    """
 
     config: ZooFlamingoConfig
     base_model_class = ZooFlamingoModel
@@ -551,8 +564,28 @@ class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, Generatio
         if is_first_iteration and model_inputs.get("carry") is None and ids is not None:
             cached = input_ids.shape[1] - ids.shape[1]
             if cached > 0:  # the answer goes on from a cache: its images are needed again, their tokens are not
-                model_inputs["carry"] = CachedPrefix(input_ids[:, :cached] == self.config.image_token_id)
+                prefix = CachedPrefix(input_ids[:, :cached] == self.config.image_token_id)
+                if not _holds_images(model_inputs) and prefix.placeholders.any():
+                    raise ValueError(
+                        f"The cached beginning of the prompt holds {int(prefix.placeholders.sum())} image tokens, but "
+                        "images are missing: the cache keeps the language model's keys and values alone, so give all "
+                        "images of the prompt again, as pixel_values or mm_encoder_outputs."
+                    )
+                model_inputs["carry"] = prefix
         return model_inputs
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in the frame, but a prompt with images is prefilled in one piece: chunks are given one feature for each
+        placeholder, and here a placeholder stands for all latents of its image."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if _holds_images(model_kwargs):
+            generation_config.prefill_chunk_size = None
+        return generation_config, model_kwargs
+
+
+def _holds_images(inputs: dict) -> bool:
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    return encoded is not None or any(inputs.get(name) is not None for name in VISION_INPUTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,7 +619,7 @@ class ZooFlamingoProcessor(ZooProcessor):
         batch = super().__call__(images=first, text=text, videos=videos, audio=audio, **kwargs)
         later = [frame for clip in clips for frame in clip[1:]]
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
-        rest = iter(self.image_processor(later, **merged)["pixel_values"])
+        rest = iter(self.image_processor(later, **merged)["pixel_values"] if later else [])
         pairs = zip(batch["pixel_values"], clips, strict=True)
         frames = [[pixels, *(next(rest) for _ in clip[1:])] for pixels, clip in pairs]
         batch["pixel_values"] = [pixels for clip in frames for pixels in clip]
