@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--epochs", type=float, default=12, help="of stage 1 (default: %(default)s)")
-    parser.add_argument("--stage-2-epochs", type=float, default=1, help="(default: %(default)s)")
+    parser.add_argument("--stage-2-epochs", type=float, default=2, help="(default: %(default)s)")
     options = parser.parse_args()
     out, small = options.out, ZOO["zoo_blip2"].config.small_fields(FAST.vision["hidden_size"], from_scratch=True)
     vision, language = write_parts(FAST, out / "parts")

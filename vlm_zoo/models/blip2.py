@@ -397,13 +397,13 @@ class Blip2Connector(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            features (`float[I, N, Dv]`): normalised patch features.
+            features (`float[I, N, Dv]`): patch features of the tower.
             ids (`int[I, L]`), text_mask (`bool[I, L]`): the question about each image, where there is one to be read.
 
         Returns:
             `float[I, Q, Dt]`
         """
-        queries = self.queries(len(features))
+        features, queries = self.normalise(features), self.queries(len(features))
         if ids is None:
             states, _ = self.qformer(queries, features)
         else:
@@ -472,9 +472,18 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
             `float[N, Dv]`.
         """
         outputs, patches = self.see(pixel_values, **kwargs)
-        features = self.connector.normalise(patches)
-        outputs.pooler_output = list(features if self.config.text_conditioned else self.connector(features))
+        outputs.pooler_output = self.align(patches)
         return outputs
+
+    def align(self, patches: torch.Tensor) -> list[torch.Tensor]:
+        """
+        The second half of `get_image_features`, which trains where the tower is frozen: from patches that were kept,
+        `mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=model.align(patches))}`.
+
+        Args:
+            patches (`float[I, N, Dv]`): of `see`.
+        """
+        return list(patches if self.config.text_conditioned else self.connector(patches))
 
     def placeholders_of(self, features: torch.Tensor) -> int:
         return self.config.num_query_tokens if self.config.text_conditioned else len(features)
@@ -593,13 +602,15 @@ class ZooBlip2Processor(ZooProcessor):
         return batch
 
     def prompt_of(self, text: str) -> str:
-        """What stands before the first response, without image tokens."""
+        """What stands before the first response, without image tokens and the token that opens a text."""
         if not isinstance(text, str):
             raise ValueError(f"The Q-Former's tokenizer reads plain text, got a {type(text).__name__}.")
         marker = self._generation_prompt() if self.response_marker is None else self.response_marker
         if marker:
             text = text.partition(marker)[0]
-        return text.replace(self.image_token, "").strip()
+        for token in filter(None, (self.image_token, self.tokenizer.bos_token)):
+            text = text.replace(token, "")
+        return text.strip()
 
     def _generation_prompt(self) -> str:
         """The text with which the chat template opens the assistant's turn; empty without a template."""

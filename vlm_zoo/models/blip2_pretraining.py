@@ -244,12 +244,13 @@ class ZooBlip2ForPretraining(ZooPreTrainedModel):
         features = self.see(pixel_values)
         images, keys_values = self.embed_images(features)
         texts = self.embed_texts(ids, text_mask)
-        first = 0  # the place of this rank's rows among those of all
-        all_images, all_texts, all_features, all_ids, all_masks = images, texts, features, ids, text_mask
+        own, first = (features, ids, text_mask), 0  # `first` is the place of this rank's rows among those of all
+        everyone, all_images, all_texts = own, images, texts
         if is_sharded():
             first = torch.distributed.get_rank() * len(ids)
-            all_ids, all_masks = gather_texts(ids, text_mask)
-            all_images, all_texts, all_features = (Gather.apply(tensor) for tensor in (images, texts, features))
+            all_ids, all_masks = gather_texts(ids, text_mask)  # before the others: it checks the number of rows
+            everyone = (Gather.apply(features), all_ids, all_masks)
+            all_images, all_texts = Gather.apply(images), Gather.apply(texts)
         temperature = self.temperature.float()
         # Its value has a floor, its gradient has none: at the floor it can still rise.
         temperature = temperature + (temperature.clamp(min=LOWEST_TEMPERATURE) - temperature).detach()
@@ -259,29 +260,13 @@ class ZooBlip2ForPretraining(ZooPreTrainedModel):
             return ZooBlip2PretrainingOutput(logits_per_image=per_image, logits_per_text=per_text)
 
         targets = first + torch.arange(len(ids), device=ids.device)
-        itc = sum(
-            F.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING) for logits in (per_image, per_text)
-        )
-
-        allowed = ~same_text(ids, text_mask, all_ids, all_masks)
-        rows = allowed.any(dim=1).nonzero()[:, 0]
-        image_of_text = sample_negatives(per_text[rows], allowed[rows])
-        text_of_image = sample_negatives(per_image[rows], allowed[rows])
-        width = max(ids.shape[1], all_ids.shape[1])
-        own_ids, own_masks = pad_texts(ids, text_mask, width)
-        itm_logits = self.match(
-            torch.cat((features, all_features[image_of_text], features[rows])),
-            torch.cat((own_ids, own_ids[rows], all_ids[text_of_image])),
-            torch.cat((own_masks, own_masks[rows], all_masks[text_of_image])),
-        )
+        itc = sum(F.cross_entropy(one, targets, label_smoothing=LABEL_SMOOTHING) for one in (per_image, per_text)) / 2
+        itm_logits = self.match(*with_negatives(own, everyone, per_image, per_text))
         is_pair = torch.arange(len(itm_logits), device=ids.device) < len(ids)
         itm = F.cross_entropy(itm_logits, is_pair.long())
-
-        logits = self.generate_captions(keys_values, ids, text_mask)[
-            :, :-1
-        ]  # what follows the last token is not known
+        logits = self.generate_captions(keys_values, ids, text_mask)[:, :-1]  # nothing follows the last token
         itg = F.cross_entropy(logits[text_mask].float(), ids[text_mask])
-        losses = {"itc_loss": itc / 2, "itm_loss": itm, "itg_loss": itg}
+        losses = {"itc_loss": itc, "itm_loss": itm, "itg_loss": itg}
         return ZooBlip2PretrainingOutput(
             loss=sum(losses.values()),
             **losses,
@@ -336,6 +321,33 @@ def pad_texts(ids: torch.Tensor, mask: torch.Tensor, width: int) -> tuple[torch.
     return F.pad(ids, room), F.pad(mask, room, value=False)
 
 
+def with_negatives(own: tuple, everyone: tuple, per_image: torch.Tensor, per_text: torch.Tensor) -> tuple:
+    """
+    The pairs of a batch, and two wrong pairs for each of their rows that has a possible negative.
+
+    Args:
+        own: features `float[B, N, Dv]`, captions `int[B, L]` and their mask `bool[B, L]`.
+        everyone: the same of all ranks, C rows and their own width.
+        per_image, per_text (`float[B, C]`): the contrast, from which negatives are drawn.
+
+    Returns:
+        Features, captions and mask, B + 2 R rows: the pairs, captions with foreign images, images with foreign
+        captions.
+    """
+    features, ids, mask = own
+    all_features, all_ids, all_masks = everyone
+    allowed = ~same_text(ids, mask, all_ids, all_masks)
+    rows = allowed.any(dim=1).nonzero()[:, 0]
+    image_of_text = sample_negatives(per_text[rows], allowed[rows])
+    text_of_image = sample_negatives(per_image[rows], allowed[rows])
+    ids, mask = pad_texts(ids, mask, all_ids.shape[1])
+    return (
+        torch.cat((features, all_features[image_of_text], features[rows])),
+        torch.cat((ids, ids[rows], all_ids[text_of_image])),
+        torch.cat((mask, mask[rows], all_masks[text_of_image])),
+    )
+
+
 @torch.no_grad()
 def sample_negatives(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """
@@ -366,7 +378,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.contiguous().clone()  # reduced in place, and others may hold the one handed in
         torch.distributed.all_reduce(gradient)
         first = torch.distributed.get_rank() * context.rows
         return gradient[first : first + context.rows]

@@ -176,7 +176,7 @@ class ZooPreTrainedModel(PreTrainedModel):
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise ValueError(f"The {part} is to be read from '{folder}', but there is no *.safetensors in it.")
-        prefix = "" if isinstance(self, GenerationMixin) else "model."
+        prefix = "model." if self.base_model is self else ""
         state = {prefix + name: tensor for name, tensor in self.state_dict(keep_vars=True).items()}
         wanted = {name for name in state if self.part_of(name) == part}
         found = {}
