@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from pickle import UnpicklingError
 
@@ -44,7 +44,9 @@ _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+# Where training saves keep the weights, beside the optimiser and its schedule.
+_STATES = ("model_state_dict", "model")
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "checkpoint*.pt")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -84,12 +86,19 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that was not read yet: its file, its name in there, its shape and its dtype."""
+    """
+    A tensor that was not read yet: its file, its name in there, its shape and its dtype.
+
+    rows: the first of its rows in the file and the one after its last, where it is a piece of what lies there.
+    parts: the tensors it is made of, one below the other; file and name are then those of the first.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    rows: tuple[int, int] | None = None
+    parts: tuple["TensorInfo", ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -225,6 +234,8 @@ def _load_pickle(path: Path, **kwargs) -> dict[str, torch.Tensor]:
         raise ConversionError(f"{path} cannot be read, the file may be truncated: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors.")
+    inner = [content[key] for key in _STATES if isinstance(content.get(key), dict)]
+    content = inner[0] if inner else content
     others = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
     if others:
         raise ConversionError(f"{path} is not a dictionary of tensors:", {"no tensor": others})
@@ -234,7 +245,9 @@ def _load_pickle(path: Path, **kwargs) -> dict[str, torch.Tensor]:
 def read_tensors(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields tensors in the given order, keeping one file open at a time."""
     file, opened = None, None
-    for name, info in tensors.items():
+
+    def read(info: TensorInfo) -> torch.Tensor:
+        nonlocal file, opened
         if info.file != file:
             file, opened = info.file, None  # lets go of the last file before the next is mapped
             if file.suffix == ".safetensors":
@@ -242,10 +255,36 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch
             else:
                 opened = _load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         if file.suffix == ".safetensors":
-            yield name, opened.get_tensor(info.name)
-        else:
-            # A view would drag its whole storage along
-            yield name, opened[info.name].clone(memory_format=torch.contiguous_format)
+            return (
+                opened.get_tensor(info.name) if info.rows is None else opened.get_slice(info.name)[slice(*info.rows)]
+            )
+        tensor = opened[info.name] if info.rows is None else opened[info.name][slice(*info.rows)]
+        return tensor.clone(memory_format=torch.contiguous_format)  # a view would drag its whole storage along
+
+    for name, info in tensors.items():
+        yield name, assemble(info, read)
+
+
+def assemble(info: TensorInfo, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
+    """The tensor that is meant, in its own shape; `read` returns what lies in one place."""
+    if info.parts:
+        return torch.cat([assemble(part, read) for part in info.parts])
+    return read(info).reshape(info.shape)
+
+
+def split_rows(info: TensorInfo, sizes: Sequence[int]) -> list[TensorInfo]:
+    """The pieces of a tensor that has several others, one below the other, of so many rows each."""
+    start, pieces = info.rows[0] if info.rows else 0, []
+    for size in sizes:
+        pieces.append(replace(info, shape=(size, *info.shape[1:]), rows=(start, start + size)))
+        start += size
+    return pieces
+
+
+def join_rows(parts: Sequence[TensorInfo]) -> TensorInfo:
+    """One tensor of several, one below the other."""
+    rows = sum(part.shape[0] for part in parts)
+    return replace(parts[0], shape=(rows, *parts[0].shape[1:]), rows=None, parts=tuple(parts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,23 +629,24 @@ def model_card(name: str, kind: str, model_type: str, script: str, proof: str) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def command_line(module: str, description: str) -> argparse.ArgumentParser:
-    """The options that every conversion script has."""
+def command_line(module: str, description: str, reverse: bool = True) -> argparse.ArgumentParser:
+    """The options that every conversion script has; those of the way back only where there is one."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="SRC", help="folder or hub id")
     parser.add_argument("destination", metavar="DST", nargs="?", help="folder to write; not needed with --dry-run")
-    parser.add_argument("--reverse", action="store_true", help="SRC is a zoo folder: go back")
     parser.add_argument("--dry-run", action="store_true", help="show the key map and write nothing")
     check = parser.add_mutually_exclusive_group()
     check.add_argument("--verify", action="store_true", help="if DST exists, prove it instead of converting")
     check.add_argument("--no-verify", action="store_true", help="convert without running the two models")
     parser.add_argument("--tokenizer", help="folder or hub id of a tokenizer, where SRC has none")
     parser.add_argument("--image-processor", help="folder or hub id of an image processor, where SRC has none")
-    parser.add_argument("--layout", choices=("source", "hub"), default="source", help="names to write with --reverse")
-    parser.add_argument("--origin", help="with --reverse: folder of the first conversion, if SRC is a later state")
     parser.add_argument("--shard-size", type=float, default=SHARD_BYTES / 1e9, metavar="GB", help="default: 5")
+    if reverse:
+        parser.add_argument("--reverse", action="store_true", help="SRC is a zoo folder: go back")
+        parser.add_argument("--layout", choices=("source", "hub"), default="source", help="names for --reverse")
+        parser.add_argument("--origin", help="with --reverse: folder of the first conversion, if SRC is a later state")
     return parser
 
 

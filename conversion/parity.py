@@ -26,6 +26,8 @@ from .engine import ConversionError, write_json
 REPORT = "parity.json"
 TOLERANCE = 1e-5
 NEW_TOKENS = 16
+# What an image's features are made of beside its pixels.
+VISION_INPUTS = ("image_sizes", "qformer_input_ids", "qformer_attention_mask")
 STAGES = ("vision_tower", "connector", "language_model.first_layer", "language_model.last_layer", "logits")
 
 
@@ -221,7 +223,7 @@ def compare_processors(
         theirs, ours = (part(images=[image], text=[prompt], return_tensors="pt") for part in (source, zoo))
         ids_equal &= all(
             torch.equal(theirs[name], ours[name])
-            for name in ("input_ids", "attention_mask", "image_sizes")
+            for name in ("input_ids", "attention_mask", *VISION_INPUTS)
             if name in theirs
         )
         allowed = 2.0 if (height < tower_size) != (width < tower_size) else 1.0
@@ -232,7 +234,7 @@ def compare_processors(
         rows.append(
             Row(
                 {name: theirs[name] for name in ("input_ids", "attention_mask")},
-                {name: theirs[name] for name in ("pixel_values", "image_sizes") if name in theirs},
+                {name: theirs[name] for name in ("pixel_values", *VISION_INPUTS) if name in theirs},
             )
         )
     pixels = {

@@ -1,5 +1,7 @@
 """What every architecture of the zoo does with every family of parts: build, train with TRL, save, open, answer."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from datasets import Dataset, load_dataset
@@ -133,6 +135,23 @@ def test_group_relative_training_samples_and_trains(folder, tmp_path):
         model=str(folder), args=settings, reward_funcs=reward_some, train_dataset=Dataset.from_list(prompts)
     )
     assert trained_parts(trainer) >= {"vision", "connector", "language"}
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed, and GRPO's use_vllm needs it")
+def test_group_relative_training_samples_through_vllm(folder, tmp_path):
+    if AutoConfig.from_pretrained(folder).model_type == "zoo_flamingo":
+        pytest.skip("vLLM's transformers backend serves no model whose decoder has cross-attention")
+    settings = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, num_generations=2, per_device_train_batch_size=2, use_vllm=True,
+        vllm_mode="colocate", max_completion_length=6, report_to=[], trust_remote_code=True,
+    )  # fmt: skip
+    prompts = [{"images": row["images"], "prompt": row["messages"][:1]} for row in rows(2)]
+    trainer = GRPOTrainer(
+        model=str(folder), args=settings, reward_funcs=lambda completions, **kwargs: [0.0, 1.0],
+        train_dataset=Dataset.from_list(prompts),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_placeholders_are_never_labelled(folder):

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.scripts.dpo import make_parser as dpo_parser
 from trl.scripts.sft import make_parser as sft_parser
 
-from vlm_zoo import data
+from vlm_zoo import ZOO, data
 from vlm_zoo.testing import TINY_TEXT, tiny_model, tiny_processor
 from vlm_zoo.training import (
     STAGES,
@@ -145,15 +145,30 @@ def test_an_unknown_stage_is_an_error_that_lists_them():
         stage("pretraining")
 
 
-@pytest.mark.parametrize(("file", "parser"), [("llava_sft.yaml", sft_parser), ("llava_dpo.yaml", dpo_parser)])
-def test_example_settings_are_all_understood_by_trl(file, parser):
+@pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_example_settings_are_all_understood_by_trl(file):
+    parser = {"sft": sft_parser, "dpo": dpo_parser}[file.removesuffix(".yaml").rpartition("_")[2]]
     arguments = ["--config", str(EXAMPLES / file), "--use_cpu", "true", "--bf16", "false"]
     parser().parse_args_and_config(args=arguments, fail_with_unknown_args=True)
 
 
-def test_the_sft_example_labels_answers_alone():
-    settings = yaml.safe_load((EXAMPLES / "llava_sft.yaml").read_text(encoding="utf-8"))
+def test_every_architecture_has_settings_for_both_trainers():
+    names = {path.stem for path in EXAMPLES.glob("*.yaml")}
+    assert names >= {f"{entry.name}_{kind}" for entry in ZOO.values() for kind in ("sft", "dpo")}
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("*_sft.yaml")))
+def test_the_sft_examples_label_answers_alone(file):
+    settings = yaml.safe_load((EXAMPLES / file).read_text(encoding="utf-8"))
     assert settings["assistant_only_loss"] is True and settings["max_length"] is None
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_the_examples_train_parts_that_exist(file):
+    settings = yaml.safe_load((EXAMPLES / file).read_text(encoding="utf-8"))
+    model = tiny_model(f"zoo_{file.partition('_')[0]}")
+    counts = freeze(model, settings["model_init_kwargs"]["trainable_parts"])
+    assert all(counts[part] for part in settings["model_init_kwargs"]["trainable_parts"] if part != "head")
 
 
 # --- TRL's trainers --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class ZooBlip2Config(ZooConfig):
     @classmethod
     def small_fields(cls, width: int, from_scratch: bool = False) -> dict:
         return {
-            "num_query_tokens": 9,
+            "num_query_tokens": 16,
             "qformer_hidden_size": width,
             "qformer_num_hidden_layers": 2,
             "qformer_num_attention_heads": 4,
@@ -544,6 +544,15 @@ class ZooBlip2ForConditionalGeneration(Blip2Vocabulary, ZooForConditionalGenerat
     base_model_class = ZooBlip2Model
     _keys_to_ignore_on_load_unexpected = ZooBlip2Model._keys_to_ignore_on_load_unexpected
 
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in the frame, but where the question has a say a prompt with images is prefilled in one piece: a chunk is
+        given one feature for each of its placeholders, and it may lack the question."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        images = (model_kwargs.get("pixel_values"), (model_kwargs.get("mm_encoder_outputs") or {}).get("image"))
+        if self.config.text_conditioned and any(given is not None for given in images):
+            generation_config.prefill_chunk_size = None
+        return generation_config, model_kwargs
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processor
@@ -627,6 +636,10 @@ class ZooBlip2Processor(ZooProcessor):
     def qformer_tokenizer(self):
         """The Q-Former's own tokenizer, or `None`."""
         return self._qformer_tokenizer
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, *(() if self.qformer_tokenizer is None else QUERY_INPUTS)]
 
     @classmethod
     def get_attributes(cls) -> list[str]:

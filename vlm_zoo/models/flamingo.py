@@ -69,6 +69,7 @@ class ZooFlamingoConfig(ZooConfig):
     """
 
     model_type = "zoo_flamingo"
+    keys_to_ignore_at_inference = ["past_key_values", "carry"]  # what an evaluation loop must not gather
 
     num_latents: int = 64
     resampler_depth: int = 6
@@ -132,7 +133,7 @@ class ZooFlamingoConfig(ZooConfig):
     def small_fields(cls, width: int, from_scratch: bool = False) -> dict:
         heads = max(1, width // 32)
         return {
-            "num_latents": 9,
+            "num_latents": 16,
             "resampler_depth": 1,
             "resampler_num_heads": heads,
             "resampler_head_dim": width // heads,
