@@ -47,6 +47,7 @@ class ZooConfig(PreTrainedConfig):
     """
 
     _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = ["past_key_values", "carry"]  # what an evaluation loop must not gather
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,

@@ -20,6 +20,7 @@ The language model is wrapped without being renamed: its layers keep their names
 every layer runs the block that belongs there. Keys and values of an image are computed once and travel as the carry.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -69,7 +70,6 @@ class ZooFlamingoConfig(ZooConfig):
     """
 
     model_type = "zoo_flamingo"
-    keys_to_ignore_at_inference = ["past_key_values", "carry"]  # what an evaluation loop must not gather
 
     num_latents: int = 64
     resampler_depth: int = 6
@@ -271,9 +271,11 @@ class CachedPrefix(NamedTuple):
 
 
 class MediaStep(NamedTuple):
-    """What the blocks look at in one forward: `keys` and `values` as in the carry, `mask` `bool[B, 1, T, M * K]`, and
-    `sees` `bool[B, T, 1]`, true for tokens that see an image. Without any image all are empty."""
+    """What the layers are given in one forward: `fusion`, which runs a block, and what the blocks look at, `keys` and
+    `values` as in the carry, `mask` `bool[B, 1, T, M * K]`, and `sees` `bool[B, T, 1]`, true for tokens that see an
+    image. Without any image there is `fusion` alone."""
 
+    fusion: Callable
     keys: tuple[torch.Tensor, ...] = ()
     values: tuple[torch.Tensor, ...] = ()
     mask: torch.Tensor | None = None
@@ -296,6 +298,30 @@ def media_mask(time: torch.Tensor, order: torch.Tensor, only_immediate: bool) ->
     return (order > 0) & (order == time if only_immediate else order <= time)
 
 
+class MediaProjection(nn.Module):
+    """
+    Keys and values of images for one block.
+
+    A module of its own, because it is called at another time than the block: sharded training gathers the weights of
+    a module when that module is called.
+    """
+
+    def __init__(self, config: ZooFlamingoConfig):
+        super().__init__()
+        self.head_dim = config.cross_attention_head_dim
+        inner = config.cross_attention_num_heads * self.head_dim
+        norm = nn.LayerNorm if config.cross_attention_norm == "layer_norm" else nn.RMSNorm
+        eps = config.cross_attention_norm_eps
+        self.key = nn.Linear(config.media_width, inner, bias=False)
+        self.value = nn.Linear(config.media_width, inner, bias=False)
+        self.key_norm = norm(self.head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
+
+    def forward(self, media: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`float[B, S, Dv]` to keys and values `float[B, H, S, D]`."""
+        key, value = (split_heads(states, self.head_dim) for states in (self.key(media), self.value(media)))
+        return self.key_norm(key), value
+
+
 class FlamingoBlock(GradientCheckpointingLayer):
     """Text looks at images, then passes a feed-forward; each is added through a tanh gate that starts at zero."""
 
@@ -310,11 +336,9 @@ class FlamingoBlock(GradientCheckpointingLayer):
         gates = 1 if config.gate_type == "scalar" else width
         self.attention_norm = norm(width, eps=eps)
         self.query = nn.Linear(width, inner, bias=False)
-        self.key = nn.Linear(config.media_width, inner, bias=False)
-        self.value = nn.Linear(config.media_width, inner, bias=False)
+        self.media = MediaProjection(config)
         self.output = nn.Linear(inner, width, bias=False)
         self.query_norm = norm(head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
-        self.key_norm = norm(head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
         self.attention_gate = nn.Parameter(torch.empty(gates))
         self.feed_forward_norm = norm(width, eps=eps)
         self.feed_forward_in = nn.Linear(width, size, bias=False)
@@ -323,11 +347,6 @@ class FlamingoBlock(GradientCheckpointingLayer):
         self.act = ACT2FN[config.feed_forward_act]
         self.feed_forward_out = nn.Linear(size, width, bias=False)
         self.feed_forward_gate = nn.Parameter(torch.empty(gates))
-
-    def look_at(self, media: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`float[B, S, Dv]` to keys and values `float[B, H, S, D]`."""
-        head_dim = self.config.cross_attention_head_dim
-        return self.key_norm(split_heads(self.key(media), head_dim)), split_heads(self.value(media), head_dim)
 
     def feed_forward(self, states: torch.Tensor) -> torch.Tensor:
         normed = self.feed_forward_norm(states)
@@ -367,7 +386,7 @@ class FlamingoFusion(nn.Module):
 
     def look_at(self, media: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """`float[B, S, Dv]` to the keys and the values of every block."""
-        pairs = [block.look_at(media) for block in self.blocks]
+        pairs = [block.media(media) for block in self.blocks]
         return tuple(key for key, _ in pairs), tuple(value for _, value in pairs)
 
     def forward(self, position: int, states: torch.Tensor, media: MediaStep) -> torch.Tensor:
@@ -375,6 +394,23 @@ class FlamingoFusion(nn.Module):
         if not media.keys:
             return self.blocks[position](states, None, None, None, None)
         return self.blocks[position](states, media.keys[position], media.values[position], media.mask, media.sees)
+
+
+def enter_layer(position: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Runs the block in front of a layer of the language model, `None` for none, and takes `media` out of what the
+    layer is given."""
+    if "media" not in kwargs:
+        raise ValueError(
+            f"{type(layer).__name__} was called without media. Call the vision-language model instead of its "
+            "language model; if you did, this decoder does not hand keyword arguments on to its layers and cannot "
+            "be the language model of a Flamingo."
+        )
+    media = kwargs.pop("media")
+    if position is None:
+        return args, kwargs
+    if args:
+        return (media.fusion(position, args[0], media), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": media.fusion(position, kwargs["hidden_states"], media)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,14 +422,14 @@ class ZooFlamingoModel(ZooModel):
     """Vision tower, resampler, language model, and blocks before some of its layers."""
 
     config: ZooFlamingoConfig
-    _no_split_modules = ["PerceiverLayer", "FlamingoBlock"]
+    _no_split_modules = ["PerceiverLayer", "FlamingoBlock", "MediaProjection"]
 
     def __init__(self, config: ZooFlamingoConfig):
         super().__init__(config)
         holder, name = find_layers(self.language_model)
         places = {layer: position for position, layer in enumerate(config.gated_layers)}
         for index, layer in enumerate(getattr(holder, name)):
-            layer.register_forward_pre_hook(partial(self.enter_layer, places.get(index)), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(enter_layer, places.get(index)), with_kwargs=True)
 
     @property
     def keeps_text(self) -> bool:
@@ -414,22 +450,6 @@ class ZooFlamingoModel(ZooModel):
         elif isinstance(module, FlamingoBlock):
             init.constant_(module.attention_gate, self.config.gate_init)
             init.constant_(module.feed_forward_gate, self.config.gate_init)
-
-    def enter_layer(self, position: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Runs the block in front of a layer of the language model, `None` for none, and takes `media` out of what the
-        layer is given."""
-        if "media" not in kwargs:
-            raise ValueError(
-                f"{type(layer).__name__} was called without media. Call the vision-language model instead of its "
-                "language model; if you did, this decoder does not hand keyword arguments on to its layers and cannot "
-                "be the language model of a Flamingo."
-            )
-        media = kwargs.pop("media")
-        if position is None:
-            return args, kwargs
-        if args:
-            return (self.fusion(position, args[0], media), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.fusion(position, kwargs["hidden_states"], media)}
 
     @can_return_tuple
     def get_image_features(
@@ -483,7 +503,7 @@ class ZooFlamingoModel(ZooModel):
         prefix = carry.placeholders if isinstance(carry, CachedPrefix) else None
         carry = carry if isinstance(carry, FlamingoMedia) else None
         if features is None and carry is None:
-            return {"inputs_embeds": inputs_embeds, "media": MediaStep()}, None
+            return {"inputs_embeds": inputs_embeds, "media": MediaStep(self.fusion.__call__)}, None
         rows, length = inputs_embeds.shape[:2]
         if features is None:
             time = carry.seen[:, None].expand(rows, length)
@@ -526,7 +546,7 @@ class ZooFlamingoModel(ZooModel):
         sees = visible.any(dim=-1, keepdim=True)
         # Tokens that see nothing look at everything, so that no softmax is empty; what they find is thrown away.
         mask = (visible | ~sees).repeat_interleave(media.keys[0].shape[2] // visible.shape[2], dim=-1)[:, None]
-        step = MediaStep(media.keys, media.values, mask, sees)
+        step = MediaStep(self.fusion.__call__, media.keys, media.values, mask, sees)
         return {"inputs_embeds": inputs_embeds, "media": step}, self._kept(media)
 
     def _kept(self, media: FlamingoMedia) -> FlamingoMedia:

@@ -592,7 +592,6 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         carry: Any = None,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ZooCausalLMOutputWithPast:
@@ -605,10 +604,12 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
 
         Args:
             labels (`int[B, T]`): targets, shifted here; -100 carries no loss.
-            shift_labels (`int[B, T]`): targets already shifted; they win over `labels`.
+            kwargs: `shift_labels` (`int[B, T]`), targets already shifted, win over `labels`. They are not named in the
+                signature, where an evaluation loop would ask every batch for them.
             num_items_in_batch: what the summed loss is divided by, instead of the number of targets.
             logits_to_keep: project only the last positions, or those named.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
