@@ -1,5 +1,6 @@
 """The benchmark's machinery: equality before the clock, turns, memory, table. Nothing here asserts a time."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm_zoo import cli
-from vlm_zoo.bench import Row, Scale, engine, measure, peak, rows, run, table
+from vlm_zoo.bench import Row, Scale, blip2_rows, engine, flamingo_rows, measure, peak, rows, run, table
 from vlm_zoo.bench.engine import Case, Entry, Equality, NotRun, close, same
 from vlm_zoo.bench.measure import Timing, one_thread, peak_of, take_turns
 from vlm_zoo.models.modeling_vlm import ZooPreTrainedModel
@@ -85,6 +86,48 @@ def test_other_weights_make_a_row_unequal(name, monkeypatch):
     assert not engine.ROWS[name].build(TINY).compare().equal
 
 
+@pytest.mark.parametrize("name", ["blip2_step", "blip2_step_uncached", "blip2_prefill", "blip2_decode"])
+def test_other_weights_make_a_row_of_blip2_unequal(name, monkeypatch):
+    convert = blip2_rows.zoo_from_transformers
+
+    def spoiled(peer):
+        model = convert(peer)
+        with torch.no_grad():
+            for parameter in model.model.connector.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        return model
+
+    monkeypatch.setattr(blip2_rows, "zoo_from_transformers", spoiled)
+    assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+def test_a_connector_without_its_norm_makes_a_row_of_blip2_unequal(monkeypatch):
+    training = blip2_rows.Training(TINY)
+    monkeypatch.setattr(type(training.ours.model.connector), "normalise", lambda self, patches: patches)
+    assert not training.compare().equal
+
+
+@pytest.mark.parametrize("part", ["connector", "fusion", "language_model"])
+def test_other_weights_make_a_row_of_flamingo_unequal(part, monkeypatch):
+    convert = flamingo_rows.zoo_from_transformers
+
+    def spoiled(peer):
+        model = convert(peer)
+        with torch.no_grad():
+            for parameter in model.model.get_submodule(part).parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+    monkeypatch.setattr(flamingo_rows, "zoo_from_transformers", spoiled)
+    assert not engine.ROWS["idefics_decode_resampled"].build(TINY).compare().equal
+
+
+def test_a_mask_that_shows_other_images_makes_a_row_unequal(monkeypatch):
+    wrong = functools.partial(flamingo_rows.idefics_inputs, only_immediate_media=True)
+    monkeypatch.setattr(flamingo_rows, "idefics_inputs", lambda ids, pixels, image, _: wrong(ids, pixels, image))
+    assert not engine.ROWS["idefics_decode_all_images"].build(TINY).compare().equal
+
+
 def test_a_tower_with_a_graph_makes_the_frozen_row_unequal(monkeypatch):
     monkeypatch.setattr(ZooPreTrainedModel, "set_trainable_parts", lambda self, parts: None)
     equality = engine.ROWS["frozen_tower"].build(TINY).compare()
@@ -143,7 +186,7 @@ def test_a_row_that_cannot_run_says_why(registry):
 
 
 def test_an_unknown_row_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"Unknown row\(s\) nonsense; there are pixels_1080p, "):
+    with pytest.raises(ValueError, match=r"Unknown row\(s\) nonsense; there are .*pixels_1080p, "):
         run(only=["decode", "nonsense"])
 
 

@@ -270,7 +270,8 @@ def test_a_q_former_that_reads_no_text_has_no_weights_for_it():
 
 
 def test_image_features_may_have_any_width():
-    connector = tiny_model("blip2", vision_feature_layer=[-2, -1], qformer_hidden_size=16).model.connector
+    fields = {"vision_feature_layer": [-2, -1], "qformer_hidden_size": 16, "num_query_tokens": 9}
+    connector = tiny_model("blip2", **fields).model.connector
     assert connector.vision_norm.normalized_shape == (64,)
     assert connector.qformer.layers[0].cross_attention.key.in_features == 64
     assert connector(torch.randn(2, 17, 64)).shape == (2, 9, 48)
@@ -331,7 +332,7 @@ def test_every_parameter_of_the_connector_receives_a_gradient(fields):
 
 def test_weights_missing_from_a_folder_are_initialised_like_new_ones(tmp_path):
     tiny_model("blip2").save_pretrained(tmp_path)
-    fields = {"text_conditioned": True, "num_query_tokens": 9}
+    fields = {"text_conditioned": True}
     model, info = ZooBlip2Model.from_pretrained(tmp_path, output_loading_info=True, **fields)
     assert any("word_embeddings" in name for name in info["missing_keys"])
     qformer = model.connector.qformer
@@ -411,7 +412,7 @@ def test_several_images_of_a_row_share_its_question(conditioned):
     image = conditioned.image(1)
     two = {"text": "USER: <image><image>What?\nASSISTANT:", "images": [image, image]}
     other = {"text": "USER: <image>Where?\nASSISTANT:", "images": [image]}
-    tokens = image_tokens(conditioned, conditioned.batch([two, other])).unflatten(0, (3, 9))
+    tokens = image_tokens(conditioned, conditioned.batch([two, other])).unflatten(0, (3, -1))
     torch.testing.assert_close(tokens[0], tokens[1])
     assert (tokens[1] - tokens[2]).abs().max() > 1e-3
 

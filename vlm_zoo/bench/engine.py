@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -158,6 +159,7 @@ class Entry:
     rounds: int = 1
 
 
+ROW_MODULES = ("rows", "blip2_rows", "flamingo_rows")
 ROWS: dict[str, Entry] = {}
 
 
@@ -181,8 +183,8 @@ def row(name: str, target: float | None = None, memory_target: float | None = No
 
 def find_rows(only: list[str] | None = None) -> list[Entry]:
     """The rows of these names, or all; an unknown name is a `ValueError` with those that exist."""
-    from . import rows  # noqa: F401  registers them
-
+    for module in ROW_MODULES:  # importing one registers its rows
+        importlib.import_module(f".{module}", __package__)
     unknown = [name for name in only or [] if name not in ROWS]
     if unknown:
         raise ValueError(f"Unknown row(s) {', '.join(unknown)}; there are {', '.join(ROWS)}.")
