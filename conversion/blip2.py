@@ -22,9 +22,7 @@ anywhere; the upstream's order is `<image>`, then that token, then the text, wit
 (`ZooPrompts` writes it).
 """
 
-import argparse
 import copy
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,9 +31,7 @@ import torch
 from torch import nn
 from transformers import (
     AddedToken,
-    AutoImageProcessor,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BatchFeature,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -62,8 +58,6 @@ from . import engine, flow, lavis, llava_original, parity
 from .engine import ConversionError, Table, Target
 from .flow import Source
 
-
-logger = logging.getLogger(__name__)
 
 # model_type: config, model, processor
 FORMATS = {
@@ -201,34 +195,15 @@ def has_text_layers(source: Blip2Config | InstructBlipConfig) -> bool:
 # Processors
 # ---------------------------------------------------------------------------------------------------------------------
 
-PIXEL_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
-
 
 def zoo_processor(source: Blip2Processor | InstructBlipProcessor, config: ZooBlip2Config) -> ZooBlip2Processor:
     """The zoo's processor for a model of this config, with the tokens and pixels of transformers' processor."""
-    kind = type(source.image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+    kind = flow.class_name(source.image_processor)
     if kind != "BlipImageProcessor":
         raise ConversionError(f"The source's image processor is a {kind}, expected a BlipImageProcessor.")
-    settings = source.image_processor.to_dict()
-    pixels = {name: settings[name] for name in PIXEL_FIELDS if settings.get(name) is not None}
     image_token = str(source.image_token)
     tokenizer = engine.name_image_token(source.tokenizer, image_token)
-    found = tokenizer.convert_tokens_to_ids(image_token)
-    if found != config.image_token_id:
-        raise ConversionError(
-            f"The tokenizer's '{image_token}' is {found}, the model's image_token_id is {config.image_token_id}: "
-            "tokenizer and model belong to different checkpoints."
-        )
+    flow.check_image_token(tokenizer, image_token, config.image_token_id)
     asked = {}
     if isinstance(source, InstructBlipProcessor):
         asked = {"qformer_tokenizer": source.qformer_tokenizer}
@@ -238,7 +213,7 @@ def zoo_processor(source: Blip2Processor | InstructBlipProcessor, config: ZooBli
                 f"{config.qformer_vocab_size}: they belong to different checkpoints."
             )
     return ZooBlip2Processor(
-        ZooImageProcessor(**pixels, do_center_crop=False),
+        ZooImageProcessor(**flow.pixel_settings(source.image_processor), do_center_crop=False),
         tokenizer,
         chat_template=plain_template(image_token),
         **ZooBlip2Processor.fields_from(config),
@@ -297,16 +272,6 @@ class ZooPrompts:
 # Sources
 # ---------------------------------------------------------------------------------------------------------------------
 
-OPTIONS = (
-    "tokenizer",
-    "image_processor",
-    "qformer_tokenizer",
-    "language_model",
-    "vision_tower",
-    "vision_heads",
-    "qformer_heads",
-)
-
 
 def open_source(
     name: str | Path,
@@ -358,7 +323,8 @@ def _open_transformers(name: str, folder: Path, raw_config: dict, words: Mapping
     processor = None
     if _complete(name, homes, config):
         if any(words.values()):
-            processor = processor_class(*_read_words(homes, config))
+            tokenizers = [homes["tokenizer"], *([homes["qformer_tokenizer"]] if config.text_conditioned else [])]
+            processor = flow.read_processor(processor_class, folder, homes["image_processor"], *tokenizers)
         else:
             processor = processor_class.from_pretrained(folder, trust_remote_code=False)
     return _source(
@@ -393,7 +359,7 @@ def _open_lavis(name: str, parts: lavis.Parts, words: Mapping[str, str | None], 
         size = config.vision_config.image_size
         pixels = BlipImageProcessorPil(size={"height": size, "width": size})
         if parts.text_conditioned:
-            processor = InstructBlipProcessor(pixels, tokenizer, _read_tokenizer(homes["qformer_tokenizer"]))
+            processor = InstructBlipProcessor(pixels, tokenizer, flow.read_tokenizer(homes["qformer_tokenizer"]))
         else:
             processor = Blip2Processor(pixels, tokenizer)
     target = zoo_target(config, parts.text_conditioned)
@@ -416,6 +382,7 @@ def _open_lavis(name: str, parts: lavis.Parts, words: Mapping[str, str | None], 
         load=lambda: lavis.OriginalBlip2(parts, config),
         implementation="what LAVIS' code computes, on transformers' tower, Q-Former and language model",
         eos_token_id=None if tokenizer is None else lavis.end_of_answer(tokenizer, kind),
+        vocab_size=had,
         edits=edits,
     )
 
@@ -446,27 +413,8 @@ def _complete(name: str, homes: Mapping[str, Path], config: ZooBlip2Config) -> b
         missing.append("image processor")
     if config.text_conditioned and not engine.has_tokenizer(homes["qformer_tokenizer"]):
         missing.append("qformer tokenizer")
-    if missing:
-        logger.warning(
-            "%s has no %s: the model is converted, no processor is written; %s can name what is missing.",
-            name,
-            " and no ".join(missing),
-            " and ".join(f"--{part.replace(' ', '-')}" for part in missing),
-        )
+    flow.warn_of_missing(name, missing)
     return not missing
-
-
-def _read_words(homes: Mapping[str, Path], config: ZooBlip2Config) -> list:
-    """What a processor of transformers is made of."""
-    parts = [
-        AutoImageProcessor.from_pretrained(homes["image_processor"], trust_remote_code=False),
-        _read_tokenizer(homes["tokenizer"]),
-    ]
-    return [*parts, _read_tokenizer(homes["qformer_tokenizer"])] if config.text_conditioned else parts
-
-
-def _read_tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,53 +438,6 @@ def zoo_from_transformers(
     target = zoo_target(config, has_text_layers(model.config))
     table = transformers_table(config)
     return flow.in_memory(model, ZooBlip2ForConditionalGeneration, config, table, target=target)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# To the zoo
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def convert(
-    name: str | Path,
-    destination: str | Path,
-    *,
-    verify: bool = True,
-    shard_bytes: int = engine.SHARD_BYTES,
-    **options,
-) -> dict | None:
-    """
-    Converts a checkpoint to a zoo folder.
-
-    Args:
-        name: file, folder or hub id of the source.
-        destination: a folder that does not exist yet, or is empty.
-        verify: run source and result on the same inputs and write `parity.json`.
-        shard_bytes: size at which a new shard begins.
-        options: see `open_source`.
-
-    Returns:
-        The parity report, `None` without `verify`.
-
-    Raises:
-        ConversionError: the source cannot be read completely, or the result differs from it. `destination` is then
-            left as it was, and `<destination>.parity.json` says where they differ.
-    """
-    return flow.write(open_source(name, **options), destination, "blip2", prove if verify else None, shard_bytes)
-
-
-def verify(name: str | Path, converted: str | Path, **options) -> dict:
-    """
-    Proves a conversion that exists and writes its `parity.json` anew; `ConversionError` where the two differ.
-
-    Args:
-        name: file, folder or hub id of the source.
-        converted: the zoo folder.
-        options: see `open_source`.
-    """
-    report = prove(open_source(name, **options), Path(converted))
-    parity.file_report(report, Path(converted) / parity.REPORT)
-    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,43 +496,25 @@ def prove(source: Source, folder: Path) -> dict:
     Returns:
         The report, `passed` or not.
     """
-    config, before, decode = source.config, [], None
-    rows, inputs = random_rows(config), "random pixels and ids"
-    if source.processor is not None:
-        zoo = ZooBlip2Processor.from_pretrained(folder)
-        size = config.vision_config.image_size
-        sizes = [(size, size), (size + size // 2, 3 * size), (2 * size + 1, size + 3), (size // 2 + 1, size // 2 + 2)]
-        prompt = zoo.image_token + PROMPT
-        before, pictures = parity.compare_processors(source.processor, ZooPrompts(zoo), prompt, sizes, size)
-        rows, decode = [*pictures, *rows], source.processor.decode
-        inputs = "random images through the source's processor, and random pixels and ids"
-
-    def load() -> ZooStages:
-        return ZooStages(parity.load_strictly(ZooBlip2ForConditionalGeneration, folder))
-
-    vocab_size = source.raw_config.get("vocab_size")  # LAVIS' language model has no row for an image token
-    results = parity.compare_models(source.load, load, config, rows, decode=decode, vocab_size=vocab_size)
-    return parity.make_report(source.name, source.implementation, inputs, results, before)
+    prompt = "" if source.processor is None else source.zoo_processor.image_token + PROMPT
+    rows = random_rows(source.config)
+    return flow.prove(source, folder, rows, prompt, zoo_model=ZooStages, zoo_processor=ZooPrompts)
 
 
 def random_rows(config: ZooBlip2Config) -> list[parity.Row]:
     """Random pixels and ids, and questions of their own where the Q-Former reads them."""
     generator = torch.Generator().manual_seed(0)
-    vision, text = config.vision_config, config.text_config
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    special = {config.image_token_id, text.pad_token_id, text.bos_token_id, *ends}
-    plain = torch.tensor([token for token in range(min(text.vocab_size, 30000)) if token not in special])
+    plain, size = parity.plain_tokens(config), config.vision_config.image_size
     image, rows = torch.full((config.num_query_tokens,), config.image_token_id), []
     for before, after in ((0, 5), (0, 9), (4, 3)):
-        pieces = [plain[torch.randint(len(plain), (count,), generator=generator)] for count in (before, after)]
-        ids = torch.cat((pieces[0], image, pieces[1]))[None]
-        pixels = torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)
-        vision_inputs = {"pixel_values": pixels}
+        first, last = parity.random_text(plain, (before, after), generator)
+        ids = torch.cat((first, image, last))
+        vision_inputs = {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}
         if config.text_conditioned:
             asked = torch.randint(config.qformer_vocab_size, (1, 3 + after), generator=generator)
             mask = (torch.arange(3 + after) < 3 + after // 2).long()[None]
             vision_inputs |= {"qformer_input_ids": asked, "qformer_attention_mask": mask}
-        rows.append(parity.Row({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, vision_inputs))
+        rows.append(parity.Row(parity.text_inputs(ids), vision_inputs))
     return rows
 
 
@@ -640,23 +523,17 @@ def random_rows(config: ZooBlip2Config) -> list[parity.Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def job(arguments: argparse.Namespace) -> str:
-    """Does what the command line asks for and returns what there is to say about it."""
-    options = {name: getattr(arguments, name) for name in OPTIONS}
-    if arguments.dry_run:
-        source = open_source(arguments.source, **options)
-        return engine.describe_plan(source.tensors, source.plan)
-    if arguments.verify and (Path(arguments.destination) / "config.json").is_file():
-        report = verify(arguments.source, arguments.destination, **options)
-    else:
-        report = convert(
-            arguments.source,
-            arguments.destination,
-            verify=not arguments.no_verify,
-            shard_bytes=int(arguments.shard_size * 1e9),
-            **options,
-        )
-    return f"{arguments.destination} is written, not verified." if report is None else parity.table(report)
+OPTIONS = (
+    "tokenizer",
+    "image_processor",
+    "qformer_tokenizer",
+    "language_model",
+    "vision_tower",
+    "vision_heads",
+    "qformer_heads",
+)
+SCRIPT = flow.Script("blip2", open_source, prove, OPTIONS)
+convert, verify = SCRIPT.convert, SCRIPT.verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -665,9 +542,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--qformer-tokenizer", help="folder or hub id of the Q-Former's tokenizer, where SRC has none")
     parser.add_argument("--language-model", help="folder or hub id of a LAVIS checkpoint's language model")
     parser.add_argument("--vision-tower", help="file of its vision tower")
-    parser.add_argument("--vision-heads", type=int, help="attention heads of its tower, if not 88 channels each")
-    parser.add_argument("--qformer-heads", type=int, help="attention heads of its Q-Former, if not 64 channels each")
-    return engine.run(parser, job, arguments)
+    parser.add_argument("--vision-heads", type=int, help="heads of its tower, where no release is as wide")
+    parser.add_argument("--qformer-heads", type=int, help="heads of its Q-Former, where no release is as wide")
+    return engine.run(parser, SCRIPT.job, arguments)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,7 @@ Where a format and the zoo differ, the config says so and the numbers stay the s
     it, as the zoo does; after an end of sequence, which its processor lets see nothing, it sees that image still.
 """
 
-import argparse
 import copy
-import functools
 import logging
 import re
 import sys
@@ -31,8 +29,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
     BatchFeature,
     CLIPVisionConfig,
     IdeficsConfig,
@@ -58,6 +54,7 @@ from .flow import Source
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN, FAKE_TOKEN, END_OF_UTTERANCE = "<image>", "<fake_token_around_image>", "<end_of_utterance>"
+AROUND = f"{FAKE_TOKEN}{IMAGE_TOKEN}{FAKE_TOKEN}"  # how IDEFICS writes an image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
@@ -112,9 +109,6 @@ JOINED = {
 }
 # A vector for each channel that IDEFICS keeps as [1, 1, channels].
 FLAT = r"\.alpha_(?:cross_attn|dense)$"
-
-# Buffers that old files carry: computed at construction, read by no model.
-IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$")
 
 
 def one_table(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -266,27 +260,14 @@ CHAT_TEMPLATE = """\
     {{- 'Assistant:' -}}
 {%- endif -%}
 """
-PIXEL_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
 
 
 def idefics_processor(source: IdeficsProcessor) -> ZooFlamingoProcessor:
     """The zoo's processor with the tokens and pixels of an IDEFICS'."""
-    settings = source.image_processor.to_dict()
-    pixels = {name: settings[name] for name in PIXEL_FIELDS if settings.get(name) is not None}
     tokenizer = engine.name_image_token(source.tokenizer, IMAGE_TOKEN)
     end = END_OF_UTTERANCE if END_OF_UTTERANCE in tokenizer.get_vocab() else ""
     return ZooFlamingoProcessor(
-        ZooImageProcessor(**pixels, do_center_crop=False),
+        ZooImageProcessor(**flow.pixel_settings(source.image_processor), do_center_crop=False),
         tokenizer,
         chat_template=source.chat_template or CHAT_TEMPLATE.replace("END", end),
     )
@@ -300,10 +281,9 @@ class IdeficsPrompts:
         self.processor, self.image_processor = processor, processor.image_processor
 
     def __call__(self, images, text, return_tensors="pt") -> BatchFeature:
-        around = f"{FAKE_TOKEN}{IMAGE_TOKEN}{FAKE_TOKEN}"
         rest, prompts = iter(images), []
         for sample in text:
-            first, *others = sample.removeprefix(self.processor.tokenizer.bos_token).split(around)
+            first, *others = sample.removeprefix(self.processor.tokenizer.bos_token).split(AROUND)
             prompts.append([first, *(part for other in others for part in (next(rest), other))])
         batch = self.processor(text=prompts, return_tensors=return_tensors)
         pixels = [
@@ -430,20 +410,14 @@ def _open_idefics(
         )
     words = engine.local_folder(tokenizer) if tokenizer else folder
     pixels = engine.local_folder(image_processor) if image_processor else folder
-    processor = None
-    if not _warn_of_missing(name, words, pixels):
-        processor = (
-            IdeficsProcessor.from_pretrained(folder, trust_remote_code=False)
-            if words == pixels == folder
-            else IdeficsProcessor(
-                AutoImageProcessor.from_pretrained(pixels, trust_remote_code=False),
-                AutoTokenizer.from_pretrained(words, trust_remote_code=False),
-            )
-        )
+    processor, missing = None, engine.missing_parts(words, pixels)
+    flow.warn_of_missing(name, missing)
+    if not missing:
+        processor = flow.read_processor(IdeficsProcessor, folder, pixels, words)
         image_token_id = _same_image_token(processor.tokenizer, image_token_id)
     config = zoo_config(IdeficsConfig.from_pretrained(folder), image_token_id)
     tensors = one_table(engine.read_checkpoint(folder))
-    target = flow.zoo_target(ZooFlamingoForConditionalGeneration, config, IGNORED)
+    target = flow.zoo_target(ZooFlamingoForConditionalGeneration, config, flow.IGNORED)
     return Source(
         name=name,
         kind="idefics",
@@ -470,18 +444,6 @@ def _same_image_token(tokenizer: PreTrainedTokenizerBase, expected: int | None) 
     return found
 
 
-def _warn_of_missing(name: str, words: Path, pixels: Path) -> list[str]:
-    missing = engine.missing_parts(words, pixels)
-    if missing:
-        logger.warning(
-            "%s has no %s: the model is converted, no processor is written; %s can name what is missing.",
-            name,
-            " and no ".join(missing),
-            " and ".join(f"--{part.replace(' ', '-')}" for part in missing),
-        )
-    return missing
-
-
 def _open_openflamingo(
     name: str, path: Path, tokenizer: str | None, image_token_id: int | None, options: Mapping
 ) -> Source:
@@ -493,9 +455,7 @@ def _open_openflamingo(
         processor = openflamingo.OriginalProcessor(found, parts.vision_config.image_size)
         zoo_processor = openflamingo.zoo_processor(processor)
     else:
-        logger.warning(
-            "%s has no tokenizer: the model is converted, no processor is written; --tokenizer can name it.", name
-        )
+        flow.warn_of_missing(name, ["tokenizer"])
     rows = openflamingo.embedding_rows(parts)
     image_token_id = openflamingo.find_image_token(parts, rows, found, image_token_id)
     config = openflamingo.zoo_config(parts, image_token_id)
@@ -540,48 +500,6 @@ def zoo_from_transformers(
     return flow.in_memory(model, ZooFlamingoForConditionalGeneration, config, FROM_IDEFICS, one_table)
 
 
-def convert(
-    name: str | Path,
-    destination: str | Path,
-    *,
-    verify: bool = True,
-    shard_bytes: int = engine.SHARD_BYTES,
-    **options,
-) -> dict | None:
-    """
-    Converts a checkpoint to a zoo folder.
-
-    Args:
-        name: file, folder or hub id of the source.
-        destination: a folder that does not exist yet, or is empty.
-        verify: run source and result on the same inputs and write `parity.json`.
-        shard_bytes: size at which a new shard begins.
-        options: see `open_source`.
-
-    Returns:
-        The parity report, `None` without `verify`.
-
-    Raises:
-        ConversionError: the source cannot be read completely, or the result differs from it. `destination` is then
-            left as it was, and `<destination>.parity.json` says where they differ.
-    """
-    return flow.write(open_source(name, **options), destination, "flamingo", prove if verify else None, shard_bytes)
-
-
-def verify(name: str | Path, converted: str | Path, **options) -> dict:
-    """
-    Proves a conversion that exists and writes its `parity.json` anew; `ConversionError` where the two differ.
-
-    Args:
-        name: file, folder or hub id of the source.
-        converted: the zoo folder.
-        options: see `open_source`.
-    """
-    report = prove(open_source(name, **options), Path(converted))
-    parity.file_report(report, Path(converted) / parity.REPORT)
-    return report
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Proof
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,37 +513,24 @@ def prove(source: Source, folder: Path) -> dict:
     Returns:
         The report, `passed` or not.
     """
-    config, before, decode = source.config, [], None
-    rows, inputs = random_rows(config, clips=source.kind == "openflamingo"), "random pixels and ids"
-    if source.processor is not None:
-        zoo, begin, image = ZooFlamingoProcessor.from_pretrained(folder), "", IMAGE_TOKEN
-        if source.kind == "idefics":
-            image = f"{FAKE_TOKEN}{IMAGE_TOKEN}{FAKE_TOKEN}"
-            begins_itself = zoo.tokenizer("a").input_ids[0] == zoo.tokenizer.bos_token_id
-            begin = "" if begins_itself else zoo.tokenizer.bos_token
-        size = config.vision_config.image_size
-        sizes = [(size, size), (size + size // 2, 3 * size), (2 * size + 1, size + 3), (size // 2 + 1, size // 2 + 2)]
-        prompt = begin + PROMPT.replace("IMAGE", image)
-        before, pictures = parity.compare_processors(source.processor, zoo, prompt, sizes, size)
-        rows, decode = [*pictures, *rows], source.processor.decode
-        inputs = "random images through the source's processor, and random pixels and ids"
-    load = functools.partial(parity.load_strictly, ZooFlamingoForConditionalGeneration, folder)
-    results = parity.compare_models(source.load, load, config, rows, decode=decode)
-    return parity.make_report(source.name, source.implementation, inputs, results, before)
+    rows = random_rows(source.config, clips=source.kind == "openflamingo")
+    prompt = PROMPT.replace("IMAGE", IMAGE_TOKEN)
+    if source.kind == "idefics" and source.zoo_processor is not None:
+        tokenizer = source.zoo_processor.tokenizer
+        begins_itself = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        prompt = ("" if begins_itself else tokenizer.bos_token) + PROMPT.replace("IMAGE", AROUND)
+    return flow.prove(source, folder, rows, prompt)
 
 
 def random_rows(config: ZooFlamingoConfig, clips: bool) -> list[parity.Row]:
     """Random pixels and ids: an image, images side by side, several images, and two clips of other lengths."""
     generator = torch.Generator().manual_seed(0)
-    vision, text = config.vision_config, config.text_config
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    special = {config.image_token_id, text.pad_token_id, text.bos_token_id, *ends}
-    plain = torch.tensor([token for token in range(min(text.vocab_size, 30000)) if token not in special])
+    plain, vision = parity.plain_tokens(config), config.vision_config
     rows = []
     for gaps in ([4, 6], [0, 3, 0, 5], [3, 4, 2, 4], [2, 4, 4]):
-        pieces = [plain[torch.randint(len(plain), (gap,), generator=generator)] for gap in gaps]
+        pieces = parity.random_text(plain, gaps, generator)
         image = torch.tensor([config.image_token_id])
-        ids = torch.cat([pieces[0], *(piece for gap in pieces[1:] for piece in (image, gap))])[None]
+        ids = torch.cat([pieces[0], *(piece for gap in pieces[1:] for piece in (image, gap))])
         frames = [1] * (len(gaps) - 1)
         if clips and len(gaps) == 3:
             frames = [2, 3]
@@ -633,7 +538,7 @@ def random_rows(config: ZooFlamingoConfig, clips: bool) -> list[parity.Row]:
         vision_inputs = {"pixel_values": torch.randn(shape, generator=generator)}
         if max(frames) > 1:
             vision_inputs["image_grid_thw"] = torch.tensor([[count, 1, 1] for count in frames])
-        rows.append(parity.Row({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, vision_inputs))
+        rows.append(parity.Row(parity.text_inputs(ids), vision_inputs))
     return rows
 
 
@@ -645,23 +550,8 @@ OPTIONS = ("tokenizer", "image_processor", "image_token_id", "language_model", "
            "vision_act")  # fmt: skip
 
 
-def job(arguments: argparse.Namespace) -> str:
-    """Does what the command line asks for and returns what there is to say about it."""
-    options = {name: getattr(arguments, name) for name in OPTIONS}
-    if arguments.dry_run:
-        source = open_source(arguments.source, **options)
-        return engine.describe_plan(source.tensors, source.plan)
-    if arguments.verify and (Path(arguments.destination) / "config.json").is_file():
-        report = verify(arguments.source, arguments.destination, **options)
-    else:
-        report = convert(
-            arguments.source,
-            arguments.destination,
-            verify=not arguments.no_verify,
-            shard_bytes=int(arguments.shard_size * 1e9),
-            **options,
-        )
-    return f"{arguments.destination} is written, not verified." if report is None else parity.table(report)
+SCRIPT = flow.Script("flamingo", open_source, prove, OPTIONS)
+convert, verify = SCRIPT.convert, SCRIPT.verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -670,9 +560,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-token-id", type=int, help="the image token, where no tokenizer and no config say it")
     parser.add_argument("--language-model", help="folder or hub id of an OpenFlamingo's language model")
     parser.add_argument("--vision-tower", help="folder or hub id of its CLIP, or a file of open_clip")
-    parser.add_argument("--vision-heads", type=int, help="attention heads of open_clip's tower")
+    parser.add_argument("--vision-heads", type=int, help="heads of open_clip's tower, where no release is as wide")
     parser.add_argument("--vision-act", help="activation of open_clip's tower, such as quick_gelu")
-    return engine.run(parser, job, arguments)
+    return engine.run(parser, SCRIPT.job, arguments)
 
 
 if __name__ == "__main__":

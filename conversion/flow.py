@@ -1,19 +1,39 @@
 """From a source that was looked at to a folder that is written and proven: what conversion scripts have in common."""
 
+import argparse
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from vlm_zoo.models.configuration_vlm import ZooConfig
 from vlm_zoo.models.parts_vlm import build_part
 
 from . import engine, parity
-from .engine import Plan, Table, Target, TensorInfo
+from .engine import ConversionError, Plan, Table, Target, TensorInfo
+
+
+logger = logging.getLogger(__name__)
+
+# What is assumed of a width that was never released.
+USUAL_HEAD_DIM, FEWEST_HEADS = 64, 2
+# Buffers that old files carry: computed at construction, read by no model.
+IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -32,6 +52,7 @@ class Source:
     processor: its own processor, `None` where its files are not there.
     zoo_processor: the zoo's processor of it, `None` likewise.
     eos_token_id: with what its code ends an answer, where that is not what its language model ends with.
+    vocab_size: how many logits it has, where the zoo has more.
     edits: by the zoo's name, what happens to a tensor between reading and writing.
     """
 
@@ -48,7 +69,35 @@ class Source:
     processor: Callable | None = None
     zoo_processor: ProcessorMixin | None = None
     eos_token_id: int | None = None
+    vocab_size: int | None = None
     edits: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+
+
+def attention_heads(part: str, option: str, width: int, released: Mapping[int, int], given: int | None) -> int:
+    """
+    The attention heads of a part whose config no file says; what is assumed is logged as a warning.
+
+    Args:
+        part: whose, in words.
+        option: what says it on the command line.
+        width: of the part, which its shapes show.
+        released: the heads of all widths that were released.
+        given: what the option says, which wins.
+    """
+    if given is not None:
+        return given
+    if width in released:
+        return released[width]
+    assumed = width // USUAL_HEAD_DIM if width % USUAL_HEAD_DIM == 0 else FEWEST_HEADS
+    logger.warning(
+        "No released %s is %s wide, and the file does not say how many heads it has: %s are assumed; %s says "
+        "otherwise. A proof cannot find this out: it assumes the same.",
+        part,
+        width,
+        assumed,
+        option,
+    )
+    return assumed
 
 
 def zoo_target(model_class: type[PreTrainedModel], config: ZooConfig, ignored: Sequence[str] = ()) -> Target:
@@ -73,6 +122,75 @@ def zoo_target(model_class: type[PreTrainedModel], config: ZooConfig, ignored: S
         ignored=ignored,
         renamings={prefix: engine.renamings_of(part) for prefix, part in parts.items()},
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processors
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What an image processor of transformers and the zoo's both call so.
+PIXEL_FIELDS = (
+    "do_convert_rgb",
+    "do_resize",
+    "size",
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
+
+def pixel_settings(image_processor, fields: Sequence[str] = PIXEL_FIELDS) -> dict:
+    """Those of the fields that an image processor sets."""
+    settings = image_processor.to_dict()
+    return {name: settings[name] for name in fields if settings.get(name) is not None}
+
+
+def class_name(image_processor) -> str:
+    """Its name without the backend's."""
+    return type(image_processor).__name__.removesuffix("Pil").removesuffix("Fast")
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def read_processor(
+    processor_class: type[ProcessorMixin], home: Path, image_processor: Path, *tokenizers: Path
+) -> ProcessorMixin:
+    """A processor of transformers: the one in `home`, or one that is made of parts where they lie elsewhere."""
+    if {image_processor, *tokenizers} == {home}:
+        return processor_class.from_pretrained(home, trust_remote_code=False)
+    pixels = AutoImageProcessor.from_pretrained(image_processor, trust_remote_code=False)
+    return processor_class(pixels, *map(read_tokenizer, tokenizers))
+
+
+def warn_of_missing(name: str, missing: Sequence[str]) -> None:
+    """Names the parts of a processor that are not there, if any, and the options that can."""
+    if missing:
+        logger.warning(
+            "%s has no %s: the model is converted, no processor is written; %s can name what is missing.",
+            name,
+            " and no ".join(missing),
+            " and ".join(f"--{part.replace(' ', '-')}" for part in missing),
+        )
+
+
+def check_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str, image_token_id: int) -> None:
+    """Raises `ConversionError` where the tokenizer's is not the model's."""
+    found = tokenizer.convert_tokens_to_ids(image_token)
+    if found != image_token_id:
+        raise ConversionError(
+            f"The tokenizer's '{image_token}' is {found}, the model's image_token_id is {image_token_id}: "
+            "tokenizer and model belong to different checkpoints."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To the zoo
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def in_memory(
@@ -124,6 +242,11 @@ def failed_path(destination: str | Path) -> Path:
     return destination.with_name(f"{destination.name}.{parity.REPORT}")
 
 
+def file_staged(report: dict, folder: Path, destination: str | Path) -> None:
+    """Writes the report into a folder that is not at its destination yet; one that did not pass goes beside it."""
+    parity.file_report(report, folder / parity.REPORT if report["passed"] else failed_path(destination))
+
+
 def write(
     source: Source,
     destination: str | Path,
@@ -166,10 +289,145 @@ def write(
         report, proof = None, "The result was not verified."
         if prove is not None:
             report = prove(source, folder)
-            if not report["passed"]:
-                parity.file_report(report, failed_path(destination))
-            parity.file_report(report, folder / parity.REPORT)
+            file_staged(report, folder, destination)
             proof = f"Compared with {report['compared_with']}:\n\n```\n{parity.table(report)}\n```"
         card = engine.model_card(source.name, source.kind, source.config.model_type, script, proof)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def prove(
+    source: Source,
+    folder: Path,
+    rows: Sequence[parity.Row] | Callable[[nn.Module], list[parity.Row]],
+    prompt: str = "",
+    *,
+    zoo_model: Callable[[PreTrainedModel], nn.Module] = lambda model: model,
+    zoo_processor: Callable[[ProcessorMixin], Callable] = lambda processor: processor,
+) -> dict:
+    """
+    Runs the source's implementation and the zoo's on the same inputs; with a processor, on random images through both
+    processors too.
+
+    Args:
+        source: the checkpoint.
+        folder: what it was converted to.
+        rows: random pixels and ids, or what makes them once the source's model is there.
+        prompt: a text with image tokens, for the processors.
+        zoo_model, zoo_processor: give the zoo's the outputs or inputs of the source's.
+
+    Returns:
+        The report, `passed` or not.
+    """
+    before, decode, inputs = [], None, ["random pixels and ids"] if rows else []
+    if source.processor is not None:
+        zoo, size = type(source.zoo_processor).from_pretrained(folder), source.config.vision_config.image_size
+        before, pictures = parity.compare_processors(
+            source.processor, zoo_processor(zoo), prompt, parity.probe_sizes(size), size
+        )
+        rows, decode = [*pictures, *rows], source.processor.decode
+        inputs = ["random images through the source's processor", *inputs]
+    results = parity.compare_models(
+        source.load,
+        lambda: zoo_model(parity.load_strictly(source.model_class, folder)),
+        source.config,
+        rows,
+        decode=decode,
+        vocab_size=source.vocab_size,
+    )
+    return parity.make_report(source.name, source.implementation, ", and ".join(inputs), results, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Script:
+    """
+    What every conversion script does.
+
+    name: the script's.
+    open_source: looks at a checkpoint.
+    prove: compares it with what it was converted to.
+    options: the names of those that `open_source` takes, on the command line too.
+    """
+
+    name: str
+    open_source: Callable[..., Source]
+    prove: Callable[[Source, Path], dict]
+    options: tuple[str, ...]
+
+    def convert(
+        self,
+        name: str | Path,
+        destination: str | Path,
+        *,
+        verify: bool = True,
+        shard_bytes: int = engine.SHARD_BYTES,
+        **options,
+    ) -> dict | None:
+        """
+        Converts a checkpoint to a zoo folder.
+
+        Args:
+            name: file, folder or hub id of the source.
+            destination: a folder that does not exist yet, or is empty.
+            verify: run source and result on the same inputs and write `parity.json`.
+            shard_bytes: size at which a new shard begins.
+            options: see the script's `open_source`.
+
+        Returns:
+            The parity report, `None` without `verify`.
+
+        Raises:
+            ConversionError: the source cannot be read completely, or the result differs from it. `destination` is
+                then left as it was, and `<destination>.parity.json` says where they differ.
+        """
+        source = self.open_source(name, **options)
+        return write(source, destination, self.name, self.prove if verify else None, shard_bytes)
+
+    def verify(self, name: str | Path, converted: str | Path, **options) -> dict:
+        """
+        Proves a conversion that exists and writes its `parity.json` anew; `ConversionError` where the two differ.
+
+        Args:
+            name: file, folder or hub id of the source.
+            converted: the zoo folder.
+            options: see the script's `open_source`.
+        """
+        report = self.prove(self.open_source(name, **options), Path(converted))
+        parity.file_report(report, Path(converted) / parity.REPORT)
+        return report
+
+    def job(self, arguments: argparse.Namespace) -> str:
+        """Does what the command line asks for and returns what there is to say about it."""
+        options = {name: getattr(arguments, name) for name in self.options}
+        if arguments.dry_run:
+            source = self.open_source(arguments.source, **options)
+            return engine.describe_plan(source.tensors, source.plan)
+        if arguments.verify and (Path(arguments.destination) / "config.json").is_file():
+            return parity.table(self.verify(arguments.source, arguments.destination, **options))
+        report = self.convert(
+            arguments.source,
+            arguments.destination,
+            verify=not arguments.no_verify,
+            shard_bytes=shard_bytes(arguments),
+            **options,
+        )
+        return summary(report, arguments.destination)
+
+
+def shard_bytes(arguments: argparse.Namespace) -> int:
+    return int(arguments.shard_size * 1e9)
+
+
+def summary(report: dict | None, destination: str) -> str:
+    """What the command line says of a folder that was written."""
+    return f"{destination} is written, not verified." if report is None else parity.table(report)

@@ -7,8 +7,8 @@ A save holds what trained (and every buffer): the tower and the language model a
     llm/               a language model in transformers' format
 
 What of the parts was saved along (`visual_encoder.*`, `opt_model.*`, `llm_model.*`) stands in for the parts. There is
-no config: sizes are those of the tensors. Heads are not among them: the released tower has 88 channels a head, the
-Q-Former, which is a BERT, has 64.
+no config: sizes are those of the tensors. Heads are not among them: those of the released widths are known, those
+of others are for options to say.
 
 `OriginalBlip2` computes what the upstream's code does from transformers' tower, Q-Former and language model, so that a
 conversion can be proven where that code does not run. They differ in one number: LAVIS' norm after the tower has
@@ -16,7 +16,6 @@ another epsilon than the norms inside it.
 """
 
 import copy
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -28,7 +27,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     Blip2QFormerConfig,
     Blip2QFormerModel,
     Blip2VisionConfig,
@@ -44,11 +42,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_zoo.models.blip2 import ZooBlip2Config
 
-from . import engine
+from . import engine, flow
 from .engine import ConversionError, Table, Target, TensorInfo
 
-
-logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "[PAD]", "</s>"
 TOWER_FILE, LANGUAGE_FOLDER = "eva_vit_g.pth", "llm"
@@ -59,7 +55,8 @@ _SAVED_AS = ((TOWER, "visual_encoder."), (LANGUAGE, "opt_model."), (LANGUAGE, "l
 
 # LAVIS builds 39 layers of this width, whatever the tower's file holds.
 TOWER_DEPTH = {1408: 39}
-TOWER_CHANNELS_A_HEAD, QFORMER_CHANNELS_A_HEAD, ASSUMED_HEADS = 88, 64, 2
+# By width, the heads of what was released.
+TOWER_HEADS, QFORMER_HEADS = {1408: 16}, {768: 12}
 TOWER_EPS, VISION_NORM_EPS = 1e-6, 1e-5
 
 _TOWER = rf"^(?:visual_encoder\.|{TOWER})"
@@ -320,7 +317,9 @@ def read_sizes(
             hidden_size=width,
             intermediate_size=intermediate,
             num_hidden_layers=min(depth, TOWER_DEPTH.get(width, depth)),
-            num_attention_heads=_heads("vision", width, TOWER_CHANNELS_A_HEAD, vision_heads),
+            num_attention_heads=flow.attention_heads(
+                "tower of LAVIS", "--vision-heads", width, TOWER_HEADS, vision_heads
+            ),
             image_size=math.isqrt(patches) * patch,
             patch_size=patch,
             layer_norm_eps=TOWER_EPS,
@@ -335,7 +334,9 @@ def read_sizes(
         "qformer_vocab_size": None if words is None else words[0],
         "qformer_hidden_size": qformer_width,
         "qformer_num_hidden_layers": qformer_depth,
-        "qformer_num_attention_heads": _heads("qformer", qformer_width, QFORMER_CHANNELS_A_HEAD, qformer_heads),
+        "qformer_num_attention_heads": flow.attention_heads(
+            "Q-Former", "--qformer-heads", qformer_width, QFORMER_HEADS, qformer_heads
+        ),
         "qformer_intermediate_size": qformer_intermediate,
         "qformer_cross_attention_frequency": looks[1] - looks[0] if len(looks) > 1 else max(qformer_depth, 1),
         **({} if positions is None else {"qformer_max_position_embeddings": positions[0]}),
@@ -348,22 +349,6 @@ def _numbers(names, pattern: str) -> list[int]:
     return [int(match[1]) for name in names if (match := re.match(pattern, name))]
 
 
-def _heads(part: str, width: int, channels: int, given: int | None) -> int:
-    if given is not None:
-        return given
-    if width % channels == 0:
-        return width // channels
-    logger.warning(
-        "No released %s is %s wide, and the file does not say how many heads it has: %s are assumed; --%s-heads says "
-        "otherwise.",
-        {"vision": "tower", "qformer": "Q-Former"}[part],
-        width,
-        ASSUMED_HEADS,
-        part,
-    )
-    return ASSUMED_HEADS
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +356,7 @@ def _heads(part: str, width: int, channels: int, given: int | None) -> int:
 
 def read_tokenizer(folder: Path, model_type: str) -> PreTrainedTokenizerBase:
     """The language model's tokenizer as LAVIS changes it, with a named image token behind its vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = flow.read_tokenizer(folder)
     if model_type != "opt":  # in InstructBLIP's Vicuna what ends a text opens one too
         tokenizer.add_special_tokens({"bos_token": END_TOKEN, "unk_token": END_TOKEN})
         tokenizer.add_bos_token = True

@@ -21,18 +21,15 @@ Where a format and the zoo differ, the config says so and the numbers stay the s
 
 import argparse
 import copy
-import logging
+import functools
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -46,11 +43,10 @@ from vlm_zoo.models.image_processing_vlm import ZooImageProcessor, select_best_r
 from vlm_zoo.models.llava import ZooLlavaConfig, ZooLlavaForConditionalGeneration, ZooLlavaProcessor
 from vlm_zoo.models.parts_vlm import measure_tower
 
-from . import engine, llava_original, parity
-from .engine import ConversionError, Plan, Table, Target, TensorInfo
+from . import engine, flow, llava_original, parity
+from .engine import ConversionError, Table, Target, TensorInfo
+from .flow import Source
 
-
-logger = logging.getLogger(__name__)
 
 # model_type: config, model, processor
 FORMATS = {
@@ -82,25 +78,10 @@ TO_HUB: Table = (
 TO_HUB_WRAPPED: Table = ((r"^model\.vision_tower\.(.+)$", r"vision_tower.vision_model.\1"), *TO_HUB[1:])
 WRAPPED_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 
-# Buffers that old files carry: computed at construction, read by no model.
-IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$")
-
 
 def zoo_target(config: ZooLlavaConfig) -> Target:
     """What the zoo's model asks for; the tensors of the uncut tower that it does not build are `unused`."""
-    with torch.device("meta"):
-        model = ZooLlavaForConditionalGeneration(config)
-        tower = AutoModel.from_config(config.vision_config)
-    parts = {"model.vision_tower.": tower, "model.language_model.": model.model.language_model}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    whole = {f"model.vision_tower.{name}": tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
-    return Target(
-        wanted=wanted,
-        unused={name: shape for name, shape in whole.items() if name not in wanted},
-        tied=dict(model._tied_weights_keys) if config.tie_word_embeddings else {},
-        ignored=IGNORED,
-        renamings={prefix: engine.renamings_of(part) for prefix, part in parts.items()},
-    )
+    return flow.zoo_target(ZooLlavaForConditionalGeneration, config, flow.IGNORED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,18 +182,7 @@ def settings_of(config: PreTrainedConfig) -> dict:
 # Processors
 # ---------------------------------------------------------------------------------------------------------------------
 
-PIXEL_FIELDS = (
-    "do_convert_rgb",
-    "do_resize",
-    "size",
-    "resample",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-)
+PIXEL_FIELDS = (*flow.PIXEL_FIELDS, "crop_size")
 IMAGE_PROCESSORS = (
     "CLIPImageProcessor",
     "LlavaImageProcessor",
@@ -225,13 +195,12 @@ IMAGE_PROCESSORS = (
 
 def zoo_image_processor(source) -> ZooImageProcessor:
     """The zoo's image processor with the settings of one of transformers."""
-    kind = type(source).__name__.removesuffix("Pil").removesuffix("Fast")
+    kind = flow.class_name(source)
     if kind not in IMAGE_PROCESSORS:
         raise ConversionError(
             f"The source's image processor is a {type(source).__name__}; known are {', '.join(IMAGE_PROCESSORS)}."
         )
-    settings = source.to_dict()
-    fields = {name: settings[name] for name in PIXEL_FIELDS if settings.get(name) is not None}
+    settings, fields = source.to_dict(), flow.pixel_settings(source, PIXEL_FIELDS)
     fields["do_center_crop"] = bool(settings.get("do_center_crop"))
     if kind == "LlavaImageProcessor":
         fields["do_pad_to_square"] = bool(settings.get("do_pad"))
@@ -258,12 +227,7 @@ def assemble_processor(
     """Names the image token, and counts what the model's features are."""
     if getattr(tokenizer, "image_token", None) != image_token:
         tokenizer = engine.name_image_token(tokenizer, image_token)
-    found = tokenizer.convert_tokens_to_ids(image_token)
-    if found != config.image_token_id:
-        raise ConversionError(
-            f"The tokenizer's '{image_token}' is {found}, the model's image_token_id is {config.image_token_id}: "
-            "tokenizer and model belong to different checkpoints."
-        )
+    flow.check_image_token(tokenizer, image_token, config.image_token_id)
     fields = ZooLlavaProcessor.fields_from(config)
     if config.vision_feature_select_strategy == "default":
         # One token goes from each view; where the tower has none or several of them, placeholders are counted so.
@@ -277,93 +241,87 @@ def assemble_processor(
 # Sources
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROMPT = "What is shown here? IMAGE\nAnd what is beside it? "
-
 
 @dataclass
-class Source:
+class Look:
     """
-    An upstream checkpoint that was looked at and not read yet.
+    A source without its processors.
 
-    name: as it was given.
-    folder: where its config and weights are.
-    raw_config: its `config.json`.
-    config: the zoo's config of it.
-    tensors, plan: what it holds, and where each tensor goes.
-    load: builds its own implementation, which is called `implementation`.
-    processor: builds its own processor from a tokenizer's and an image processor's folder.
+    source: the checkpoint.
+    read_processor: builds its own processor from an image processor's and a tokenizer's folder.
     image_processor_folder: where its image processor is.
-    grown: whether the image token was added to its vocabulary.
     """
 
-    name: str
-    folder: Path
-    raw_config: dict
-    config: ZooLlavaConfig
-    tensors: Mapping[str, TensorInfo]
-    plan: Plan
-    load: Callable[[], nn.Module]
-    implementation: str
-    processor: Callable[[Path, Path], LlavaProcessor | LlavaNextProcessor]
+    source: Source
+    read_processor: Callable[[Path, Path], LlavaProcessor | LlavaNextProcessor]
     image_processor_folder: Path
-    grown: bool = False
-    edits: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
-
-    @property
-    def vocab_size(self) -> int | None:
-        """How many logits the source has, where the zoo has more."""
-        return self.raw_config["vocab_size"] if self.grown else None
 
 
-def open_source(name: str | Path, vision_tower: str | None = None, tokenizer: str | None = None) -> Source:
+def open_source(
+    name: str | Path,
+    *,
+    tokenizer: str | None = None,
+    image_processor: str | None = None,
+    vision_tower: str | None = None,
+) -> Source:
     """
     Looks at a checkpoint: finds its format, maps its config, and plans where its tensors go.
 
     Args:
         name: folder or hub id; a folder whose one subfolder is the checkpoint will do.
+        tokenizer, image_processor: folders or hub ids to take instead of the source's own.
         vision_tower: folder or hub id of the tower of an original checkpoint, where it is not found beside it.
-        tokenizer: folder or hub id of the tokenizer, where the checkpoint has none.
     """
+    look = look_at(name, tokenizer, vision_tower)
+    source = look.source
+    words = engine.local_folder(tokenizer) if tokenizer else source.folder
+    pixels = engine.local_folder(image_processor) if image_processor else look.image_processor_folder
+    missing = engine.missing_parts(words, pixels)
+    flow.warn_of_missing(source.name, missing)
+    if missing:
+        return source
+    processor = look.read_processor(pixels, words)
+    # Old files leave it to the model how many tokens an image has.
+    processor.patch_size = source.config.vision_config.patch_size
+    processor.vision_feature_select_strategy = source.config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = measure_tower(source.config.vision_config)[1]
+    return replace(source, processor=processor, zoo_processor=zoo_processor(processor, source.config))
+
+
+def look_at(name: str | Path, tokenizer: str | None = None, vision_tower: str | None = None) -> Look:
+    """Looks at a checkpoint without its processors; `open_source` says what the arguments are."""
     folder = engine.checkpoint_folder(engine.local_folder(name), {*FORMATS, *llava_original.TEXT_TYPES})
     raw_config = engine.read_json(folder / "config.json")
     if llava_original.is_original(raw_config):
-        return _open_original(str(name), folder, raw_config, vision_tower, tokenizer)
+        return _look_at_original(str(name), folder, raw_config, vision_tower, tokenizer)
     if raw_config.get("model_type") not in FORMATS:
         known = ", ".join([*FORMATS, "the original's"])
         raise ConversionError(f"{name} is of model type '{raw_config.get('model_type')}'; this script reads {known}.")
-    return _open_transformers(str(name), folder, raw_config)
+    return _look_at_transformers(str(name), folder, raw_config)
 
 
-def _open_transformers(name: str, folder: Path, raw_config: dict) -> Source:
+def _look_at_transformers(name: str, folder: Path, raw_config: dict) -> Look:
     config_class, model_class, processor_class = FORMATS[raw_config["model_type"]]
     config = zoo_config(config_class.from_pretrained(folder))
     tensors = engine.read_checkpoint(folder)
-
-    def processor(tokenizer: Path, image_processor: Path):
-        if tokenizer == image_processor == folder:
-            return processor_class.from_pretrained(folder, trust_remote_code=False)
-        return processor_class(
-            AutoImageProcessor.from_pretrained(image_processor, trust_remote_code=False),
-            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
-        )
-
-    return Source(
+    source = Source(
         name=name,
+        kind=raw_config["model_type"],
         folder=folder,
         raw_config=raw_config,
         config=config,
+        model_class=ZooLlavaForConditionalGeneration,
         tensors=tensors,
         plan=engine.plan_tensors(tensors, FROM_TRANSFORMERS, zoo_target(config), name),
         load=lambda: parity.load_strictly(model_class, folder),
         implementation=f"transformers' {model_class.__name__}",
-        processor=processor,
-        image_processor_folder=folder,
     )
+    return Look(source, functools.partial(flow.read_processor, processor_class, folder), folder)
 
 
-def _open_original(
+def _look_at_original(
     name: str, folder: Path, raw_config: dict, vision_tower: str | None, tokenizer: str | None
-) -> Source:
+) -> Look:
     tower = llava_original.find_tower(folder, raw_config, vision_tower)
     tensors = engine.read_checkpoint(folder)
     if not any(key.startswith("model.vision_tower.") for key in tensors):
@@ -378,129 +336,26 @@ def _open_original(
     shapes = (
         {key: (raw_config["vocab_size"], *target.wanted[key][1:]) for key in llava_original.GROWN} if grown else {}
     )
-    return Source(
+    source = Source(
         name=name,
+        kind=raw_config["model_type"],
         folder=folder,
         raw_config=raw_config,
         config=config,
+        model_class=ZooLlavaForConditionalGeneration,
         tensors=tensors,
         plan=engine.plan_tensors(tensors, llava_original.FROM_ORIGINAL, target, name, shapes),
         load=lambda: llava_original.OriginalLlava(raw_config, config, tensors, folder),
         implementation="what LLaVA's code computes, on transformers' tower and language model",
-        processor=lambda words, pixels: llava_original.read_processor(words, pixels, raw_config),
-        image_processor_folder=tower,
-        grown=grown,
+        vocab_size=raw_config["vocab_size"] if grown else None,
         edits=dict.fromkeys(shapes, llava_original.grow(rows)),
     )
-
-
-def source_processor(
-    source: Source, tokenizer: str | None = None, image_processor: str | None = None
-) -> LlavaProcessor | LlavaNextProcessor | None:
-    """
-    The source's own processor; `None`, with a warning that names what is missing, where its files are not there.
-
-    Args:
-        tokenizer, image_processor: folders or hub ids to take instead of the source's own.
-    """
-    words = engine.local_folder(tokenizer) if tokenizer else source.folder
-    pixels = engine.local_folder(image_processor) if image_processor else source.image_processor_folder
-    missing = engine.missing_parts(words, pixels)
-    if missing:
-        logger.warning(
-            "%s has no %s: the model is converted, no processor is written; %s can name what is missing.",
-            source.name,
-            " and no ".join(missing),
-            " and ".join(f"--{part.replace(' ', '-')}" for part in missing),
-        )
-        return None
-    processor = source.processor(words, pixels)
-    # Old files leave it to the model how many tokens an image has.
-    processor.patch_size = source.config.vision_config.patch_size
-    processor.vision_feature_select_strategy = source.config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = measure_tower(source.config.vision_config)[1]
-    return processor
+    return Look(source, lambda pixels, words: llava_original.read_processor(words, pixels, raw_config), tower)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# To the zoo
+# In memory
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def convert(
-    name: str | Path,
-    destination: str | Path,
-    *,
-    verify: bool = True,
-    tokenizer: str | None = None,
-    image_processor: str | None = None,
-    vision_tower: str | None = None,
-    shard_bytes: int = engine.SHARD_BYTES,
-) -> dict | None:
-    """
-    Converts a checkpoint to a zoo folder.
-
-    Args:
-        name: folder or hub id of the source.
-        destination: a folder that does not exist yet, or is empty.
-        verify: run source and result on the same inputs and write `parity.json`.
-        tokenizer, image_processor, vision_tower: folders or hub ids of what the source does not hold itself.
-        shard_bytes: size at which a new shard begins.
-
-    Returns:
-        The parity report, `None` without `verify`.
-
-    Raises:
-        ConversionError: the source cannot be read completely, or the result differs from it. `destination` is then
-            left as it was, and `<destination>.parity.json` says where they differ.
-    """
-    source = open_source(name, vision_tower, tokenizer)
-    processor = source_processor(source, tokenizer, image_processor)
-    with engine.staged(Path(destination)) as folder:
-        engine.write_converted(folder, source.tensors, source.plan, shard_bytes=shard_bytes, edits=source.edits)
-        source.config.save_pretrained(folder)
-        own, written = source.folder / "generation_config.json", folder / "generation_config.json"
-        if own.is_file():
-            engine.suppress_image_token(own, written, source.config.image_token_id)
-        else:
-            with torch.device("meta"):
-                ZooLlavaForConditionalGeneration(source.config).generation_config.save_pretrained(folder)
-        if processor is not None:
-            zoo_processor(processor, source.config).save_pretrained(folder)
-        record = {"source": source.name, "config": source.raw_config, "names": source.plan.names}
-        engine.write_json(folder / engine.RECORD, {**record, "versions": parity.versions()})
-        report, proof = None, "The result was not verified."
-        if verify:
-            report = prove(source, folder, processor)
-            if not report["passed"]:
-                parity.file_report(report, failed_path(destination))
-            parity.file_report(report, folder / parity.REPORT)
-            proof = f"Compared with {report['compared_with']}:\n\n```\n{parity.table(report)}\n```"
-        card = engine.model_card(source.name, source.raw_config["model_type"], "zoo_llava", "llava", proof)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return report
-
-
-def failed_path(destination: str | Path) -> Path:
-    """Where the report of a conversion goes that did not pass."""
-    destination = Path(destination).absolute()
-    return destination.with_name(f"{destination.name}.{parity.REPORT}")
-
-
-def verify(name: str | Path, converted: str | Path, *, vision_tower: str | None = None, **substitutes) -> dict:
-    """
-    Proves a conversion that exists and writes its `parity.json` anew; `ConversionError` where the two differ.
-
-    Args:
-        name: folder or hub id of the source.
-        converted: the zoo folder.
-        vision_tower: as for `convert`.
-        substitutes: `tokenizer` and `image_processor`, as for `convert`.
-    """
-    source = open_source(name, vision_tower, substitutes.get("tokenizer"))
-    report = prove(source, Path(converted), source_processor(source, **substitutes))
-    parity.file_report(report, Path(converted) / parity.REPORT)
-    return report
 
 
 def zoo_from_transformers(
@@ -512,25 +367,9 @@ def zoo_from_transformers(
     The weights are copies; the two models share nothing.
     """
     config = zoo_config(model.config)
-    target, state = zoo_target(config), model.state_dict()
-    infos = {
-        name: TensorInfo(Path(), name, tuple(tensor.shape), tensor.dtype)
-        for name, tensor in state.items()
-        if engine.rename(name, FROM_TRANSFORMERS) not in target.tied  # listed under both of its names
-    }
-    plan = engine.plan_tensors(infos, FROM_TRANSFORMERS, target, type(model).__name__)
-    zoo = ZooLlavaForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict={plan.names[name]: state[name].clone() for name in plan.kept()},
-        dtype=model.dtype,
-        attn_implementation={
-            "": model.config._attn_implementation,
-            "vision_config": model.config.vision_config._attn_implementation,
-            "text_config": model.config.text_config._attn_implementation,
-        },
+    return flow.in_memory(
+        model, ZooLlavaForConditionalGeneration, config, FROM_TRANSFORMERS, target=zoo_target(config)
     )
-    return zoo.to(model.device).train(model.training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,51 +377,29 @@ def zoo_from_transformers(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def prove(source: Source, folder: Path, processor=None) -> dict:
-    """
-    Runs the source's implementation and the zoo's on the same inputs.
+PROMPT = "What is shown here? IMAGE\nAnd what is beside it? "
 
-    Args:
-        source: the checkpoint.
-        folder: what it was converted to.
-        processor: the source's processor; with it, ids and pixels of random images are compared too, and are the
-            inputs. Without it they are random.
+
+def prove(source: Source, folder: Path) -> dict:
+    """
+    Runs the source's implementation and the zoo's on the same inputs: random images through both processors, whose
+    ids and pixels are compared too; random pixels and ids where there is no processor.
 
     Returns:
         The report, `passed` or not.
     """
-    config, before, decode = source.config, [], None
-    rows, inputs = (lambda model: random_rows(model, config)), "random pixels and ids"
-    if processor is not None:
-        zoo, prompt = ZooLlavaProcessor.from_pretrained(folder), PROMPT.replace("IMAGE", processor.image_token)
-        tower_size = config.vision_config.image_size
-        before, rows = parity.compare_processors(processor, zoo, prompt, probe_sizes(config), tower_size)
-        decode, inputs = processor.decode, "random images through the source's processor"
-    results = parity.compare_models(
-        source.load, lambda: _load_zoo(folder), config, rows, decode=decode, vocab_size=source.vocab_size
-    )
-    return parity.make_report(source.name, source.implementation, inputs, results, before)
-
-
-def _load_zoo(folder: Path) -> ZooLlavaForConditionalGeneration:
-    return parity.load_strictly(ZooLlavaForConditionalGeneration, folder)
-
-
-def probe_sizes(config: ZooLlavaConfig) -> list[tuple[int, int]]:
-    """Heights and widths that are treated differently: the tower's own, wide, tall, small."""
-    size = config.vision_config.image_size
-    return [(size, size), (size + size // 2, 3 * size), (2 * size + 1, size + 3), (size // 2 + 1, size // 2 + 2)]
+    if source.processor is not None:
+        return flow.prove(source, folder, [], PROMPT.replace("IMAGE", source.processor.image_token))
+    return flow.prove(source, folder, lambda model: random_rows(model, source.config))
 
 
 def random_rows(model: nn.Module, config: ZooLlavaConfig) -> list[parity.Row]:
     """Random pixels and ids; the source itself says how many tokens an image has."""
     generator = torch.Generator().manual_seed(0)
     size, channels = config.vision_config.image_size, config.vision_config.num_channels
-    text = config.text_config
-    special = {config.image_token_id, text.pad_token_id, text.bos_token_id, text.eos_token_id}
-    plain = torch.tensor([index for index in range(min(text.vocab_size, 30000)) if index not in special])
+    plain = parity.plain_tokens(config)
     rows = []
-    for image_size in probe_sizes(config):
+    for image_size in parity.probe_sizes(size):
         views, vision_inputs = (1,), {}
         if config.image_grid_pinpoints is not None:
             height, width = select_best_resolution(image_size, config.image_grid_pinpoints)
@@ -591,9 +408,9 @@ def random_rows(model: nn.Module, config: ZooLlavaConfig) -> list[parity.Row]:
         vision_inputs["pixel_values"] = torch.randn(*views, channels, size, size, generator=generator)
         with torch.no_grad():
             count = len(model.get_image_features(**vision_inputs, return_dict=True).pooler_output[0])
-        before, after = (plain[torch.randint(len(plain), (1, length), generator=generator)] for length in (4, 6))
-        ids = torch.cat((before, torch.full((1, count), config.image_token_id), after), dim=1)
-        rows.append(parity.Row({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, vision_inputs))
+        before, after = parity.random_text(plain, (4, 6), generator)
+        ids = torch.cat((before, torch.full((count,), config.image_token_id), after))
+        rows.append(parity.Row(parity.text_inputs(ids), vision_inputs))
     return rows
 
 
@@ -665,18 +482,9 @@ def reverse(
             write_processor(zoo_folder, folder, back)
         report = None
         if verify:
-            source = open_source(folder)
-            results = parity.compare_models(
-                source.load,
-                lambda: _load_zoo(zoo_folder),
-                back.config,
-                lambda model: random_rows(model, back.config),
-                vocab_size=source.vocab_size,
-            )
-            report = parity.make_report(str(name), source.implementation, "random pixels and ids", results)
-            if not report["passed"]:
-                parity.file_report(report, failed_path(destination))
-            parity.file_report(report, folder / parity.REPORT)
+            source = replace(look_at(folder).source, name=str(name), config=back.config)
+            report = prove(source, zoo_folder)
+            flow.file_staged(report, folder, destination)
     return report
 
 
@@ -687,7 +495,9 @@ def plan_reverse(zoo_folder: Path, home: Path, layout: str) -> Return:
     if side.is_file():
         tensors |= engine.read_file(side)
     target = zoo_target(config)
-    whole = Target({**target.wanted, **target.unused}, tied=target.tied, ignored=(*IGNORED, *llava_original.IGNORED))
+    whole = Target(
+        {**target.wanted, **target.unused}, tied=target.tied, ignored=(*target.ignored, *llava_original.IGNORED)
+    )
     hint = "" if side.is_file() else f" ({home} has no {side.name}: --origin names the folder of the first conversion)"
     engine.plan_tensors(tensors, ((r"^", ""),), whole, f"{zoo_folder}{hint}")
     tensors |= {name: tensors[twin] for name, twin in target.tied.items() if name not in tensors}
@@ -770,38 +580,27 @@ def write_processor(zoo_folder: Path, folder: Path, back: Return) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def job(options: argparse.Namespace) -> str:
+SCRIPT = flow.Script("llava", open_source, prove, ("tokenizer", "image_processor", "vision_tower"))
+convert, verify = SCRIPT.convert, SCRIPT.verify
+
+
+def job(arguments: argparse.Namespace) -> str:
     """Does what the command line asks for and returns what there is to say about it."""
-    shard_bytes = int(options.shard_size * 1e9)
-    if options.reverse:
-        folder = engine.local_folder(options.source)
-        if options.dry_run:
-            back = plan_reverse(folder, engine.local_folder(options.origin or folder), options.layout)
-            return "\n".join(f"{info.name} -> {name}" for name, info in back.tensors.items())
-        report = reverse(
-            folder,
-            options.destination,
-            layout=options.layout,
-            origin=options.origin,
-            verify=not options.no_verify,
-            shard_bytes=shard_bytes,
-        )
-    elif options.dry_run:
-        source = open_source(options.source, options.vision_tower, options.tokenizer)
-        return engine.describe_plan(source.tensors, source.plan)
-    else:
-        substitutes = {name: getattr(options, name) for name in ("tokenizer", "image_processor", "vision_tower")}
-        if options.verify and (Path(options.destination) / "config.json").is_file():
-            report = verify(options.source, options.destination, **substitutes)
-        else:
-            report = convert(
-                options.source,
-                options.destination,
-                verify=not options.no_verify,
-                shard_bytes=shard_bytes,
-                **substitutes,
-            )
-    return f"{options.destination} is written, not verified." if report is None else parity.table(report)
+    if not arguments.reverse:
+        return SCRIPT.job(arguments)
+    folder = engine.local_folder(arguments.source)
+    if arguments.dry_run:
+        back = plan_reverse(folder, engine.local_folder(arguments.origin or folder), arguments.layout)
+        return "\n".join(f"{info.name} -> {name}" for name, info in back.tensors.items())
+    report = reverse(
+        folder,
+        arguments.destination,
+        layout=arguments.layout,
+        origin=arguments.origin,
+        verify=not arguments.no_verify,
+        shard_bytes=flow.shard_bytes(arguments),
+    )
+    return flow.summary(report, arguments.destination)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BatchFeature,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -39,7 +38,7 @@ from transformers import (
 from vlm_zoo.models.flamingo import ZooFlamingoConfig, ZooFlamingoProcessor
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 
-from . import engine, llava_original
+from . import engine, flow, llava_original
 from .engine import ConversionError, Table, TensorInfo
 
 
@@ -50,6 +49,10 @@ IMAGE_TOKEN, END_OF_CHUNK, PAD_TOKEN = "<image>", "<|endofchunk|>", "<PAD>"
 NUM_HEADS, HEAD_DIM = 8, 64
 LANGUAGE = "language model: "  # marks the names of a language model that is a checkpoint of its own
 TOWER = "open_clip: "  # and those of a tower of open_clip
+# By width, the heads of open_clip's towers: B, L, H, g and G.
+TOWER_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+# All published OpenFlamingos see with OpenAI's L.
+OPENAI_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -397,14 +400,12 @@ def open_clip_config(tensors: Mapping[str, TensorInfo], heads: int | None, act: 
         intermediate = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
     except KeyError as error:
         raise ConversionError(f"The vision tower has no {error}: it is no ViT of open_clip.") from error
-    if heads is None or act is None:
-        # The ViTs of open_clip from L on have 16 heads; all published OpenFlamingos see with OpenAI's L.
-        heads = heads or (16 if width >= 1024 else width // 64 or 2)
-        act = act or ("quick_gelu" if width == 1024 else "gelu")
+    heads = flow.attention_heads("tower of open_clip", "--vision-heads", width, TOWER_HEADS, heads)
+    if act is None:
+        act = "quick_gelu" if width == OPENAI_WIDTH else "gelu"
         logger.warning(
-            "The file of open_clip's tower does not say how many heads and which activation it has; assumed are %s "
-            "and %s. --vision-heads and --vision-act say otherwise (OpenAI's weights have quick_gelu, others gelu).",
-            heads,
+            "The file of open_clip's tower does not say which activation it has: %s is assumed; --vision-act says "
+            "otherwise (OpenAI's weights have quick_gelu, others gelu).",
             act,
         )
     return CLIPVisionConfig(
@@ -426,7 +427,7 @@ def open_clip_config(tensors: Mapping[str, TensorInfo], heads: int | None, act: 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer with the tokens that OpenFlamingo adds, in its order."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = flow.read_tokenizer(folder)
     tokenizer.add_tokens([END_OF_CHUNK, IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})

@@ -68,6 +68,34 @@ def load_strictly(model_class: type[PreTrainedModel], folder: Path) -> PreTraine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Inputs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def probe_sizes(size: int) -> list[tuple[int, int]]:
+    """Heights and widths that a tower of this size treats differently: its own, wide, tall, small."""
+    return [(size, size), (size + size // 2, 3 * size), (2 * size + 1, size + 3), (size // 2 + 1, size // 2 + 2)]
+
+
+def plain_tokens(config: PreTrainedConfig) -> torch.Tensor:
+    """The tokens `int[N]` of a zoo model that mean nothing but text."""
+    text = config.text_config
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    special = {config.image_token_id, text.pad_token_id, text.bos_token_id, *ends}
+    return torch.tensor([token for token in range(min(text.vocab_size, 30000)) if token not in special])
+
+
+def random_text(plain: torch.Tensor, counts: Iterable[int], generator: torch.Generator) -> list[torch.Tensor]:
+    """Pieces of text of these lengths, `int[T]` each, out of plain tokens."""
+    return [plain[torch.randint(len(plain), (count,), generator=generator)] for count in counts]
+
+
+def text_inputs(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A row of tokens, `int[T]`, as a model takes it."""
+    return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertConfig, BertLMPredictionHead
 
-from conversion import blip2, engine, lavis, parity
+from conversion import blip2, engine, flow, lavis, parity
 from conversion.engine import ConversionError
 from conversion.lavis_pretraining import stage_1_from_lavis
 from vlm_zoo import AutoModelForVision2Seq
@@ -419,14 +419,20 @@ def test_a_save_with_flan_t5_is_refused_with_the_reason(tmp_path):
 def test_heads_that_no_shape_shows_are_assumed_with_a_warning_or_given(saves, caplog):
     source = blip2.open_source(saves / "blip2")
     assert (source.config.vision_config.num_attention_heads, source.config.qformer_num_attention_heads) == (2, 2)
-    assert "--vision-heads" in caplog.text and "--qformer-heads" in caplog.text
+    assert "2 are assumed; --vision-heads" in caplog.text and "2 are assumed; --qformer-heads" in caplog.text
     caplog.clear()
     source = blip2.open_source(saves / "blip2", vision_heads=4, qformer_heads=3)
     assert (source.config.vision_config.num_attention_heads, source.config.qformer_num_attention_heads) == (4, 3)
     assert "heads" not in caplog.text
 
 
-def test_the_shapes_of_the_released_checkpoint_give_the_released_sizes():
+@pytest.mark.parametrize(("width", "heads"), [(24, 2), (128, 2), (176, 2), (704, 11)])
+def test_heads_of_a_width_that_no_release_has_are_never_assumed_silently(width, heads, caplog):
+    assert flow.attention_heads("tower", "--vision-heads", width, lavis.TOWER_HEADS, None) == heads
+    assert f"No released tower is {width} wide" in caplog.text and f"{heads} are assumed" in caplog.text
+
+
+def test_the_shapes_of_the_released_checkpoint_give_the_released_sizes(caplog):
     shapes = {
         "query_tokens": (1, 32, 768),
         "eva_vit_g: patch_embed.proj.weight": (1408, 3, 14, 14),
@@ -441,6 +447,7 @@ def test_the_shapes_of_the_released_checkpoint_give_the_released_sizes():
     assert config.vision_config.to_dict() == released.vision_config.to_dict()
     for name, zoo in blip2.QFORMER_FIELDS.items():
         assert getattr(config, f"qformer_{zoo}") == getattr(released.qformer_config, name), name
+    assert "heads" not in caplog.text
 
 
 def test_the_bias_of_keys_goes_and_comes_back_exactly():

@@ -595,18 +595,20 @@ def test_a_missing_tensor_of_openflamingo_is_named(tmp_path):
 
 def test_what_a_file_of_open_clip_does_not_say_is_assumed_aloud(tmp_path, caplog):
     flamingo.convert(openflamingo_save(tmp_path), tmp_path / "zoo", verify=False)
-    assert "assumed are 2 and gelu. --vision-heads and --vision-act" in caplog.text
+    assert "is 24 wide, and the file does not say how many heads it has: 2 are assumed; --vision-heads" in caplog.text
+    assert "gelu is assumed; --vision-act" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("width", "heads", "act"), [(768, 12, "gelu"), (1024, 16, "quick_gelu"), (1280, 16, "gelu"), (1664, 16, "gelu")]
 )
-def test_towers_of_open_clip_have_their_heads(width, heads, act):
+def test_towers_of_open_clip_have_their_heads(width, heads, act, caplog):
     shapes = {"conv1.weight": (width, 3, 14, 14), "positional_embedding": (257, width)}
     shapes["transformer.resblocks.0.mlp.c_fc.weight"] = (4 * width, width)
     infos = {name: engine.TensorInfo(Path(), name, shape, torch.float32) for name, shape in shapes.items()}
     config = openflamingo.open_clip_config({f"{openflamingo.TOWER}{name}": infos[name] for name in infos}, None, None)
     assert (config.num_attention_heads, config.hidden_act, config.image_size) == (heads, act, 224)
+    assert "heads" not in caplog.text and f"{act} is assumed" in caplog.text
 
 
 def test_a_json_file_beside_the_save_may_say_it(tmp_path):
