@@ -22,8 +22,9 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 
 from vlm_zoo import build
 from vlm_zoo.building import BuildError
-from vlm_zoo.models import modeling_vlm
+from vlm_zoo.models import blip2, modeling_vlm
 from vlm_zoo.models.blip2 import ZooBlip2Config, ZooBlip2Model, ZooBlip2Processor, compact
+from vlm_zoo.models.layers import attend
 from vlm_zoo.testing import (
     TINY_TEXT,
     TINY_VISION,
@@ -722,3 +723,58 @@ def test_other_language_models_keep_the_main_promises(text):
     for only in ("ragged batch", "cached generation", "one count"):
         check_vlm(model, processor, only=only).raise_if_failed()
     assert TINY_VISION["siglip"]["hidden_size"] == model.model.connector.vision_norm.normalized_shape[0]
+
+
+# --- the question in generation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["llama", "gemma3"])
+def test_a_static_cache_hides_no_padding_from_the_question(text):
+    model = tiny_model("blip2", text=text, text_conditioned=True)
+    subject = Subject(model, tiny_processor("blip2", model.config), 1e-4)
+    short, long = ({"text": subject.asked(what), "images": [subject.image(1)]} for what in ("What?", "What " * 9))
+    batch = subject.batch([short, long])
+    static = subject.first_logits(batch, cache_implementation="static", disable_compile=True)
+    subject.close(static, subject.first_logits(batch), "static and dynamic")
+    subject.close(static[:1], subject.first_logits(subject.batch([short])), "in a batch and alone")
+
+
+def test_a_second_turn_over_a_kept_cache_reads_the_question_of_the_first():
+    model = tiny_model("blip2", text_conditioned=True)
+    subject = Subject(model, tiny_processor("blip2", model.config), 1e-4)
+    first = {"text": "USER: Can you see?\nASSISTANT: yes</s>\n", "images": []}
+    both = {"text": first["text"] + "USER: <image>Where is it?\nASSISTANT:", "images": [subject.image(1)]}
+    cache = model(**subject.batch([first]), use_cache=True).past_key_values
+    batch = subject.batch([both])
+    subject.close(subject.first_logits(batch, past_key_values=cache), subject.first_logits(batch), "kept cache")
+
+
+def test_padding_that_cannot_be_read_is_refused():
+    model = tiny_model("blip2", text_conditioned=True)
+    subject = Subject(model, tiny_processor("blip2", model.config), 1e-4)
+    batch = subject.batch([{"text": subject.asked("What?"), "images": [subject.image(1)]}])
+    length = batch["input_ids"].shape[1]
+    with pytest.raises(ValueError, match=r"attention_mask int\[B, T\] shows no padding, got \[1, 1, "):
+        model(**{**batch, "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()})
+
+
+def test_the_attention_of_the_q_former_follows_the_model(monkeypatch):
+    model, seen = tiny_model("blip2"), []
+
+    def spy(*args, implementation, **kwargs):
+        seen.append(implementation)
+        return attend(*args, implementation=implementation, **kwargs)
+
+    monkeypatch.setattr(blip2, "attend", spy)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        model.get_image_features(torch.randn(1, 3, 32, 32))
+        assert set(seen) == {implementation}
+        seen.clear()
+
+
+def test_a_vocabulary_that_is_not_resized_keeps_its_embeddings():
+    model = tiny_model("blip2", text_conditioned=True)
+    words = model.model.connector.qformer.word_embeddings
+    model.resize_token_embeddings(model.config.text_config.vocab_size)
+    assert model.model.connector.qformer.word_embeddings is words

@@ -1,5 +1,6 @@
 """Stage 1 of BLIP-2: who sees whom, the three losses, several ranks, training, and the way into stage 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_blip2 import QFORMER, VISION, parity_config, randomised, renamed
 from torch.nn import functional as F
 from transformers import (
     AutoModelForImageTextToText,
+    AutoModelForPreTraining,
     Blip2Config,
     Blip2ForImageTextRetrieval,
     Trainer,
@@ -112,11 +114,11 @@ def test_the_unimodal_mask_equals_two_separate_passes(model):
     ids, text_mask = model.read(batch["input_ids"], batch["attention_mask"])
     features = model.see(batch["pixel_values"])
     text, queries = model.qformer.embed(ids), model.model.connector.queries(2)
-    together, _ = model.qformer(queries, features, text, qformer_mask("unimodal", 9, text_mask))
+    together, _ = model.qformer(queries, features, text, qformer_mask("unimodal", queries.shape[1], text_mask))
     images, _ = model.qformer(queries, features)
     texts, _ = model.qformer(text=text, mask=qformer_mask("unimodal", 0, text_mask))
-    torch.testing.assert_close(together[:, :9], images, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(together[:, 9:][text_mask], texts[text_mask], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together[:, : queries.shape[1]], images, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(together[:, queries.shape[1] :][text_mask], texts[text_mask], atol=1e-6, rtol=1e-5)
 
 
 def test_cached_queries_equal_one_pass_with_the_causal_mask(model):
@@ -125,9 +127,10 @@ def test_cached_queries_equal_one_pass_with_the_causal_mask(model):
     features = model.see(batch["pixel_values"])
     _, keys_values = model.embed_images(features)
     cached = model.generate_captions(keys_values, ids, text_mask)
-    mask = qformer_mask("causal", 9, F.pad(text_mask, (1, 0), value=True))
-    states, _ = model.qformer(model.model.connector.queries(3), features, model.qformer.embed(ids, QFormer.DEC), mask)
-    plain = model.text_head(states[:, 9:], model.qformer.word_embeddings)
+    queries = model.model.connector.queries(3)
+    mask = qformer_mask("causal", queries.shape[1], F.pad(text_mask, (1, 0), value=True))
+    states, _ = model.qformer(queries, features, model.qformer.embed(ids, QFormer.DEC), mask)
+    plain = model.text_head(states[:, queries.shape[1] :], model.qformer.word_embeddings)
     real = F.pad(text_mask, (1, 0), value=True)
     torch.testing.assert_close(cached[real], plain[real], atol=1e-5, rtol=1e-5)
 
@@ -550,3 +553,64 @@ def test_a_stage_one_folder_opens_as_a_model_with_a_fresh_language_model(kind, m
 def test_the_vocabulary_is_not_resized_in_stage_one(model):
     with pytest.raises(ValueError, match="resize that one"):
         model.resize_token_embeddings(400)
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_stage_1_opens_as_stage_1(tmp_path):
+    model = ZooBlip2ForPretraining(tiny_config("blip2")).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForPreTraining.from_pretrained(tmp_path)
+    assert type(again) is ZooBlip2ForPretraining
+    assert all(torch.equal(p, dict(again.named_parameters())[name]) for name, p in model.named_parameters())
+
+
+def test_a_folder_of_stage_1_opens_as_stage_1_where_the_zoo_is_not_installed(tmp_path):
+    ZooBlip2ForPretraining(tiny_config("blip2")).save_pretrained(tmp_path / "stage-1")
+    program = (
+        "import sys; sys.modules['vlm_zoo'] = None\n"
+        "from transformers import AutoModelForPreTraining\n"
+        "model = AutoModelForPreTraining.from_pretrained('stage-1', trust_remote_code=True)\n"
+        "assert type(model).__name__ == 'ZooBlip2ForPretraining'\n"
+        "model.save_pretrained('again')\n"
+        "AutoModelForPreTraining.from_pretrained('again', trust_remote_code=True)\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-I", "-c", program]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+# --- bad input and evaluation ----------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_has_one_loss(captioned):
+    model, batch = captioned
+    losses = {model.eval()(**batch).loss.item() for _ in range(3)}
+    assert len(losses) == 1
+
+
+def test_captions_without_a_word_have_a_finite_loss(captioned):
+    model, batch = captioned
+    outputs = model.eval()(**{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])})
+    assert outputs.itg_loss == 0 and torch.isfinite(outputs.loss)
+
+
+def test_a_mask_of_another_width_and_pairs_of_other_numbers_are_refused(captioned):
+    model, batch = captioned
+    with pytest.raises(ValueError, match=r"expected \[B, T\], the same for both"):
+        model(**{**batch, "attention_mask": batch["attention_mask"][:, :-1]})
+    with pytest.raises(ValueError, match="Got 3 images and 4 captions"):
+        model.get_match_probability(batch["pixel_values"][:3], batch["input_ids"])
+    with pytest.raises(ValueError, match="Got 0 images and 0 captions"):
+        model(batch["pixel_values"][:0], batch["input_ids"][:0])
+    with pytest.raises(ValueError, match="max_length must leave room"):
+        CaptionCollator(tiny_processor("blip2"), max_length=1)
+
+
+@pytest.fixture
+def captioned():
+    model = ZooBlip2ForPretraining(tiny_config("blip2"))
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "input_ids": torch.randint(5, 60, (4, 6))}
+    return model, {**batch, "attention_mask": torch.ones(4, 6, dtype=torch.long)}

@@ -1367,3 +1367,14 @@ def test_a_batch_of_another_models_processor_is_named(subject):
     batch = subject.batch(subject.ragged)
     with pytest.raises(ValueError, match=r"image_sizes.*processor of another model"):
         subject.model(**batch, image_sizes=torch.ones(3, 2))
+
+
+def test_an_array_of_frames_is_a_clip():
+    frames = [np.full((40, 56, 3), 60 * index, dtype=np.uint8) for index in range(3)]
+    processor = tiny_processor("flamingo")
+    one, other = (
+        processor(images=[[clip]], text=["<image> what moves?"], return_tensors="pt")
+        for clip in (np.stack(frames), [Image.fromarray(frame) for frame in frames])
+    )
+    assert one["image_grid_thw"].tolist() == [[3, 1, 1]]
+    assert all(torch.equal(one[name], other[name]) for name in other)

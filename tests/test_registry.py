@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig
 
-from vlm_zoo import ZOO, build, data
+from vlm_zoo import ZOO, BuildError, build, data
 from vlm_zoo.testing import TINY_TEXT, TINY_VISION, tiny_model, tiny_processor, tiny_tokenizer
 from vlm_zoo.testing.promises import opened
 from vlm_zoo.training import LeanSFTTrainer, ZooDataCollator
@@ -189,3 +189,18 @@ def test_a_part_of_another_shape_is_refused(folder, tmp_path):
 def test_an_encoder_decoder_is_refused_by_the_config(model_type):
     with pytest.raises(StrictDataclassClassValidationError, match="encoder-decoder, expected a decoder"):
         ZOO[model_type].config(text_config={"model_type": "t5"})
+
+
+def test_a_model_that_reads_the_question_is_not_built_where_no_question_can_be_read(parts, tmp_path):
+    small = ZOO["zoo_blip2"].config.small_fields(32)
+    bare = tmp_path / "bare.jinja"
+    bare.write_text(
+        "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}",
+        encoding="utf-8",
+    )
+    sources = parts("vision", "clip"), parts("text", "llama")
+    with pytest.raises(BuildError, match=r"No question about an image passes .* no response_token_ids"):
+        build("blip2", *sources, chat_template=bare, text_conditioned=True, **small)
+    with pytest.raises(BuildError, match=r"No question about an image passes .* needs qformer_input_ids"):
+        build("blip2", *sources, text_conditioned=True, qformer_vocab_size=100, **small)

@@ -609,10 +609,13 @@ def _pixel_fields(source: str, model_type: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_image(model: PreTrainedModel, processor: ZooProcessor, vision: str, language: str) -> None:
-    """The tower must make as many features of an image as the processor writes placeholders."""
+    """The tower must make as many features of an image as the processor writes placeholders, and a question about an
+    image must pass the whole model."""
     blank = Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8))
-    batch = processor(images=[blank], text=[processor.image_token], return_tensors="pt")
-    inputs = {name: batch[name].to(model.device) for name in VISION_INPUTS if name in batch}
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    batch = processor(images=[blank], text=[prompt], return_tensors="pt").to(model.device)
+    inputs = {name: batch[name] for name in VISION_INPUTS if name in batch}
     placeholders = int((batch["input_ids"] == processor.image_token_id).sum())
     try:
         features = model.get_image_features(**inputs).pooler_output
@@ -624,6 +627,10 @@ def _check_image(model: PreTrainedModel, processor: ZooProcessor, vision: str, l
             f"The vision tower '{vision}' makes {found} features of an image, expected {placeholders} by its "
             "image_size and patch_size. Likely cause: a tower that merges patches."
         )
+    try:
+        model(**batch)
+    except ValueError as error:
+        raise BuildError(f"No question about an image passes what is built of '{language}': {error}") from error
 
 
 def _check_training(processor: ZooProcessor) -> None:

@@ -12,10 +12,12 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
     AutoProcessor,
 )
 
 from .models import blip2, flamingo, llava
+from .models.blip2_pretraining import ZooBlip2ForPretraining
 from .models.configuration_vlm import ZooConfig
 from .models.image_processing_vlm import ZooImageProcessor
 from .models.modeling_vlm import ZooForConditionalGeneration, ZooModel
@@ -85,3 +87,4 @@ def _register(entry: ZooEntry) -> None:
 ZOO: dict[str, ZooEntry] = {entry.config.model_type: entry for entry in map(_entry, ARCHITECTURES)}
 for _zoo_entry in ZOO.values():
     _register(_zoo_entry)
+AutoModelForPreTraining.register(ZooBlip2ForPretraining.config_class, ZooBlip2ForPretraining)

@@ -103,6 +103,17 @@ class ZooBlip2Config(ZooConfig):
         """Size of the vocabulary in which the Q-Former reads text."""
         return self.text_config.vocab_size if self.qformer_vocab_size is None else self.qformer_vocab_size
 
+    def validate_qformer_act(self):
+        """Part of `@strict` validation."""
+        if self.qformer_hidden_act not in ACT2FN:
+            raise ValueError(f"qformer_hidden_act '{self.qformer_hidden_act}' is no activation of transformers.")
+
+    def own_doors(self) -> dict[str, str]:
+        """A folder of stage 1 opens as that, too."""
+        if self.architectures != ["ZooBlip2ForPretraining"]:
+            return {}
+        return {"AutoModelForPreTraining": "blip2_pretraining.ZooBlip2ForPretraining"}
+
     @classmethod
     def small_fields(cls, width: int, from_scratch: bool = False) -> dict:
         return {
@@ -173,11 +184,22 @@ def compact(ids: torch.Tensor, mask: torch.Tensor, limit: int | None = None) -> 
 
     Returns:
         `int[B, L]` and `bool[B, L]`, L at least 1.
+
+    Raises:
+        ValueError: when tokens and mask differ in shape, or there is no token at all.
     """
+    if ids.shape != mask.shape or ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(
+            f"Tokens have the shape {list(ids.shape)} and their attention mask {list(mask.shape)}: expected [B, T], "
+            "the same for both and not empty."
+        )
     mask = mask.bool()
     if limit is not None:
         mask = mask & (mask.flip(1).cumsum(1).flip(1) <= limit)
-    length = max(int(mask.sum(1).max()), 1)
+    if torch.compiler.is_compiling():  # what a graph is compiled for must not depend on the numbers
+        length = ids.shape[1] if limit is None else min(ids.shape[1], limit)
+    else:
+        length = max(int(mask.sum(1).max()), 1)
     order = (~mask).int().argsort(dim=1, stable=True)[:, :length]
     mask = mask.gather(1, order)
     return ids.gather(1, order).masked_fill(~mask, 0), mask
@@ -424,7 +446,8 @@ class Blip2Vocabulary:
         """As `PreTrainedModel.resize_token_embeddings`."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         config, qformer = self.config, self.base_model.connector.qformer
-        if config.text_conditioned and config.qformer_vocab_size is None:
+        follows = config.text_conditioned and config.qformer_vocab_size is None
+        if follows and qformer.word_embeddings.num_embeddings != config.vocabulary_of_queries:
             old = qformer.word_embeddings
             new = nn.Embedding(config.vocabulary_of_queries, old.embedding_dim).to(old.weight.device, old.weight.dtype)
             kept = min(new.num_embeddings, old.num_embeddings)
@@ -441,13 +464,18 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
 
     config: ZooBlip2Config
     query_inputs = QUERY_INPUTS
-    # What stage 1 trains beyond this model.
+    # What stage 1 trains beyond this model. A folder of a text-conditioned model that is opened without
+    # `text_conditioned` loses its text branch in silence too.
     _keys_to_ignore_on_load_unexpected = [
         r"connector\.qformer\.(marks|word_embeddings|position_embeddings)\.",
         r"connector\.qformer\.layers\.\d+\.text_feed_forward\.",
         r"^(image_projection|text_projection|itm_head|text_head)\.",
         r"^temperature$",
     ]
+
+    @property
+    def reads_question(self) -> bool:
+        return self.config.text_conditioned
 
     def build_connector(self, config: ZooBlip2Config) -> None:
         self.connector = Blip2Connector(config)
@@ -496,7 +524,8 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
         mask = self.placeholder_mask(context.input_ids, inputs_embeds)  # bool[B, T]
         self.check_placeholders(mask, features, whole_rows=context.past_key_values is None)
         ids, text_mask = self.questions(context, rows=len(mask))
-        row_of_image = mask.nonzero()[:: self.config.num_query_tokens, 0].to(ids.device)  # int[I]
+        ends = (mask.sum(1).cumsum(0) // self.config.num_query_tokens).to(ids.device)  # images up to each row, int[B]
+        row_of_image = torch.searchsorted(ends, torch.arange(len(features), device=ends.device), right=True)  # int[I]
         device = self.connector.query_tokens.device
         stacked = torch.stack([feature.to(device, self.connector.query_tokens.dtype) for feature in features])
         tokens = self.connector(stacked, ids[row_of_image].to(device), text_mask[row_of_image].to(device))
@@ -517,7 +546,7 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
         """
         limit = self.config.qformer_max_position_embeddings
         if self.config.qformer_vocab_size is None:
-            return compact(context.input_ids, self.query_mask(context), limit)
+            return compact(*self.question(context), limit)
         ids = context.query_inputs.get("qformer_input_ids")
         if ids is None or len(ids) != rows:
             raise ValueError(
@@ -640,6 +669,10 @@ class ZooBlip2Processor(ZooProcessor):
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, *(() if self.qformer_tokenizer is None else QUERY_INPUTS)]
+
+    @property
+    def caption_tokenizer(self):
+        return self.tokenizer if self.qformer_tokenizer is None else self.qformer_tokenizer
 
     @classmethod
     def get_attributes(cls) -> list[str]:

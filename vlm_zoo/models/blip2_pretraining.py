@@ -3,16 +3,17 @@
 Paper: BLIP-2 (huggingface.co/papers/2301.12597), section 3.2 and figure 2; the formulas follow its authors' release.
 
 Paper map:
-    image-text contrast (ITC)           `ZooBlip2ForPretraining.contrast`
-    image-text matching (ITM)           `ZooBlip2ForPretraining.match`, `sample_negatives`
+    image-text contrast (ITC)           `ZooBlip2ForPretraining.embed_images`, `embed_texts`; `similarity`
+    image-text matching (ITM)           `ZooBlip2ForPretraining.match`; `sample_negatives`
     image-grounded generation (ITG)     `ZooBlip2ForPretraining.generate_captions`
     the masks of figure 2               `qformer_mask` in `blip2.py`
 
-Deviations: a caption that is word for word that of another image is no negative of that image. The temperature is
-never used below 0.01. [CLS] and [DEC] are two embeddings of the Q-Former, not tokens, so that a batch is nothing but
-tokenised captions, of whatever vocabulary.
+Deviations: in evaluation mode the hardest negatives are taken instead of random ones. A caption that is word for word
+that of another image is no negative of that image. The temperature is never used below 0.01. [CLS] and [DEC] are two
+embeddings of the Q-Former, not tokens, so that a batch is nothing but tokenised captions, of whatever vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,10 @@ class Blip2Reader(ZooBlip2Model):
 
     def build_connector(self, config: ZooBlip2Config) -> None:
         self.connector = Blip2Connector(config, pretraining=True)
+
+    def forward(self, *args, **kwargs):
+        """There is nothing to run without a language model."""
+        raise ValueError("This is the tower and the Q-Former of stage 1: call ZooBlip2ForPretraining.")
 
     def get_input_embeddings(self) -> nn.Module:
         return self.connector.qformer.word_embeddings
@@ -160,6 +165,11 @@ class ZooBlip2ForPretraining(ZooPreTrainedModel):
         """Images as the Q-Former sees them, `float[I, C, H, W]` to `float[I, N, Dv]`."""
         return self.model.connector.normalise(self.model.see(pixel_values)[1])
 
+    def check_pairs(self, pixel_values: torch.Tensor, ids: torch.Tensor) -> None:
+        """Raises `ValueError` unless there are as many images as texts, and any at all."""
+        if len(pixel_values) != len(ids) or len(ids) == 0:
+            raise ValueError(f"Got {len(pixel_values)} images and {len(ids)} captions: expected one of each.")
+
     def read(self, ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions with their padding moved to the right, `int[B, L]` and `bool[B, L]`."""
         return compact(ids, torch.ones_like(ids) if attention_mask is None else attention_mask)
@@ -238,8 +248,7 @@ class ZooBlip2ForPretraining(ZooPreTrainedModel):
         Raises:
             ValueError: when images and captions differ in number, here or between the ranks.
         """
-        if len(pixel_values) != len(input_ids):
-            raise ValueError(f"Got {len(pixel_values)} images and {len(input_ids)} captions: expected one of each.")
+        self.check_pairs(pixel_values, input_ids)
         ids, text_mask = self.read(input_ids, attention_mask)
         features = self.see(pixel_values)
         images, keys_values = self.embed_images(features)
@@ -261,11 +270,13 @@ class ZooBlip2ForPretraining(ZooPreTrainedModel):
 
         targets = first + torch.arange(len(ids), device=ids.device)
         itc = sum(F.cross_entropy(one, targets, label_smoothing=LABEL_SMOOTHING) for one in (per_image, per_text)) / 2
-        itm_logits = self.match(*with_negatives(own, everyone, per_image, per_text))
+        choose = sample_negatives if self.training else hardest_negatives
+        itm_logits = self.match(*with_negatives(own, everyone, per_image, per_text, choose))
         is_pair = torch.arange(len(itm_logits), device=ids.device) < len(ids)
         itm = F.cross_entropy(itm_logits, is_pair.long())
         logits = self.generate_captions(keys_values, ids, text_mask)[:, :-1]  # nothing follows the last token
-        itg = F.cross_entropy(logits[text_mask].float(), ids[text_mask])
+        words = text_mask.any()  # captions may all be empty
+        itg = F.cross_entropy(logits[text_mask].float(), ids[text_mask]) if words else logits.sum() * 0.0
         losses = {"itc_loss": itc, "itm_loss": itm, "itg_loss": itg}
         return ZooBlip2PretrainingOutput(
             loss=sum(losses.values()),
@@ -288,6 +299,7 @@ class ZooBlip2ForPretraining(ZooPreTrainedModel):
         self, pixel_values: torch.Tensor, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """How probably each text belongs to the image of its row: `float[B]`."""
+        self.check_pairs(pixel_values, input_ids)
         logits = self.match(self.see(pixel_values), *self.read(input_ids, attention_mask))
         return logits.softmax(dim=-1)[:, 1]
 
@@ -321,7 +333,9 @@ def pad_texts(ids: torch.Tensor, mask: torch.Tensor, width: int) -> tuple[torch.
     return F.pad(ids, room), F.pad(mask, room, value=False)
 
 
-def with_negatives(own: tuple, everyone: tuple, per_image: torch.Tensor, per_text: torch.Tensor) -> tuple:
+def with_negatives(
+    own: tuple, everyone: tuple, per_image: torch.Tensor, per_text: torch.Tensor, choose: Callable
+) -> tuple:
     """
     The pairs of a batch, and two wrong pairs for each of their rows that has a possible negative.
 
@@ -329,6 +343,7 @@ def with_negatives(own: tuple, everyone: tuple, per_image: torch.Tensor, per_tex
         own: features `float[B, N, Dv]`, captions `int[B, L]` and their mask `bool[B, L]`.
         everyone: the same of all ranks, C rows and their own width.
         per_image, per_text (`float[B, C]`): the contrast, from which negatives are drawn.
+        choose: `sample_negatives` or `hardest_negatives`.
 
     Returns:
         Features, captions and mask, B + 2 R rows: the pairs, captions with foreign images, images with foreign
@@ -338,8 +353,8 @@ def with_negatives(own: tuple, everyone: tuple, per_image: torch.Tensor, per_tex
     all_features, all_ids, all_masks = everyone
     allowed = ~same_text(ids, mask, all_ids, all_masks)
     rows = allowed.any(dim=1).nonzero()[:, 0]
-    image_of_text = sample_negatives(per_text[rows], allowed[rows])
-    text_of_image = sample_negatives(per_image[rows], allowed[rows])
+    image_of_text = choose(per_text[rows], allowed[rows])
+    text_of_image = choose(per_image[rows], allowed[rows])
     ids, mask = pad_texts(ids, mask, all_ids.shape[1])
     return (
         torch.cat((features, all_features[image_of_text], features[rows])),
@@ -364,6 +379,12 @@ def sample_negatives(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tenso
         return torch.zeros(0, dtype=torch.long, device=logits.device)
     weights = (logits.softmax(dim=1) + EVEN_CHANCE).masked_fill(~allowed, 0.0)
     return torch.multinomial(weights, 1)[:, 0]
+
+
+def hardest_negatives(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """The negative of each row that resembles a positive most: what an evaluation takes, whose loss must not be a
+    matter of luck. Shapes as in `sample_negatives`."""
+    return logits.masked_fill(~allowed, -torch.inf).argmax(dim=1)
 
 
 class Gather(torch.autograd.Function):

@@ -143,9 +143,13 @@ class ZooConfig(PreTrainedConfig):
             "AutoProcessor": f"{stem}Processor",
         }
 
+    def own_doors(self) -> dict[str, str]:
+        """Further doors of the checkpoint with this very config, for heads of another kind than `doors` opens."""
+        return {}
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Saves the config with the whole `auto_map`, whichever door it was opened through."""
-        self.auto_map = self.doors()
+        self.auto_map = {**self.doors(), **self.own_doors()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -103,6 +104,12 @@ class ZooFlamingoConfig(ZooConfig):
         for name in ("resampler_depth", "num_frame_embeddings"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}.")
+        for name in ("resampler_intermediate_size", "feed_forward_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {getattr(self, name)}.")
+        for name in ("resampler_hidden_act", "feed_forward_act"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(f"{name} '{getattr(self, name)}' is no activation of transformers.")
 
     def validate_cross_attention_layers(self):
         """Part of `@strict` validation: every block stands before a layer that the language model has."""
@@ -618,7 +625,8 @@ class ZooFlamingoProcessor(ZooProcessor):
     """
     Images and text to a batch for Flamingo: one placeholder for an image.
 
-    Where the images are given row by row, a list in place of an image is a clip: its frames, in their order. Then
+    Where the images are given row by row, a list in place of an image is a clip: its frames, in their order; so is an
+    array of four dimensions, frames first. Then
     `pixel_values` holds all frames and `image_grid_thw` says how many belong together.
     """
 
@@ -630,6 +638,8 @@ class ZooFlamingoProcessor(ZooProcessor):
         return 1
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        if _row_by_row(images):  # an array of frames is a list of them
+            images = [[list(item) if _ndim(item) == 4 else item for item in row] for row in images]
         clips = [image for row in images for image in row] if _row_by_row(images) else []
         if not any(isinstance(clip, list | tuple) for clip in clips):
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -646,6 +656,10 @@ class ZooFlamingoProcessor(ZooProcessor):
         batch["pixel_values"] = [pixels for clip in frames for pixels in clip]
         batch["image_grid_thw"] = [[len(clip), 1, 1] for clip in clips]
         return BatchFeature(dict(batch), tensor_type=kwargs.get("return_tensors"))
+
+
+def _ndim(item) -> int:
+    return item.ndim if isinstance(item, np.ndarray | torch.Tensor) else 0
 
 
 def _row_by_row(images) -> bool:

@@ -20,7 +20,7 @@ import inspect
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -69,7 +69,8 @@ class ZooModelOutputWithPast(BaseModelOutputWithPast):
     last_hidden_state (`float[B, T, Dt]`), past_key_values, hidden_states, attentions: as the language model returns
     them.
     router_logits: those of a mixture-of-experts language model, when asked for.
-    image_hidden_states (`float[sum(K), Dt]`): the aligned features of all images, one after the other.
+    image_hidden_states: the features of all images, one after the other, as `get_image_features` gives them;
+        `float[sum(K), Dt]` where they are the tokens of the sequence.
     carry: what decode steps of this architecture need from the prefill, or `None`.
     """
 
@@ -102,6 +103,17 @@ class FuseContext:
     carry: Any
 
 
+class WholePrompt(NamedTuple):
+    """
+    A carry that `generate` hands to the prefill of a model that reads the question: the prompt from its first token
+    on, though `input_ids` may be what a cache does not hold yet, and its padding, though a static cache turns
+    `attention_mask` into another kind. It ends with the prefill.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +138,11 @@ class ZooPreTrainedModel(PreTrainedModel):
         """`False`: the zoo initialises through `transformers.initialization`, which respects what was loaded. Classes
         taken for custom code would skip the rules that towers and decoders have for their container modules."""
         return False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """`True`: connectors read the config at every call. transformers would guess from the names of classes."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -247,6 +264,11 @@ class ZooModel(ZooPreTrainedModel):
         self.post_init()
 
     @property
+    def reads_question(self) -> bool:
+        """Whether the features of an image depend on the question; see `question`."""
+        return False
+
+    @property
     def keeps_text(self) -> bool:
         """Whether text without images gets exactly what the language model alone gives it."""
         return True
@@ -363,17 +385,22 @@ class ZooModel(ZooPreTrainedModel):
         zero = sum(feature.sum() for feature in blank) * 0.0
         return self.fuse(inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype), None, context)
 
-    def query_mask(self, context: FuseContext) -> torch.Tensor:
+    def question(self, context: FuseContext) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `bool[B, T]`, true at the question: the text before the first response, its placeholders left out.
+        The question of each row: its text before the first response, without placeholders.
 
         A response starts after `config.response_token_ids`. A row without them shows no question: whether its text
         ends with an answer cannot be told, and an answer must never be looked at.
 
+        Returns:
+            Tokens `int[B, T]`, and `bool[B, T]`, true at those of the question.
+
         Raises:
-            ValueError: without `input_ids`, or when the config does not name `response_token_ids`.
+            ValueError: without `input_ids`, without `response_token_ids` in the config, or when padding cannot be read
+                from `attention_mask`.
         """
-        ids, marker = context.input_ids, self.config.response_token_ids
+        prompt = context.carry if isinstance(context.carry, WholePrompt) else context
+        ids, padding, marker = prompt.input_ids, prompt.attention_mask, self.config.response_token_ids
         if ids is None:
             raise ValueError(f"{type(self).__name__} reads the question from input_ids, which inputs_embeds replace.")
         if not marker:
@@ -381,14 +408,17 @@ class ZooModel(ZooPreTrainedModel):
                 "The config has no response_token_ids, the tokens that open a response, so the question in input_ids "
                 "cannot be told from its answer. `vlm_zoo.build` reads them from the chat template."
             )
+        if padding is not None and not (isinstance(padding, torch.Tensor) and padding.ndim == 2):
+            kind = list(padding.shape) if isinstance(padding, torch.Tensor) else type(padding).__name__
+            raise ValueError(f"The question is read where attention_mask int[B, T] shows no padding, got {kind}.")
         if ids.shape[1] < len(marker):
-            return torch.zeros_like(ids, dtype=torch.bool)
+            return ids, torch.zeros_like(ids, dtype=torch.bool)
         opens = (ids.unfold(1, len(marker), 1) == torch.tensor(marker, device=ids.device)).all(-1)  # [B, T - len + 1]
         first = torch.where(opens.any(1), opens.int().argmax(1), 0)
         mask = torch.arange(ids.shape[1], device=ids.device) < first[:, None]
-        if context.attention_mask is not None and context.attention_mask.ndim == 2:
-            mask &= context.attention_mask[:, -ids.shape[1] :].bool()
-        return mask & (ids != self.config.image_token_id)
+        if padding is not None:
+            mask &= padding[:, -ids.shape[1] :].bool()
+        return ids, mask & (ids != self.config.image_token_id)
 
     def placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`bool[B, T]`, true at placeholders; without ids they are recognised by their embedding."""
@@ -501,7 +531,7 @@ class ZooModel(ZooPreTrainedModel):
             attentions=outputs.get("attentions"),
             router_logits=outputs.get("router_logits"),
             image_hidden_states=torch.cat(list(features), dim=0) if features is not None else None,
-            carry=carry,
+            carry=None if isinstance(carry, WholePrompt) else carry,
         )
 
     def _features(self, vision_inputs: dict[str, torch.Tensor], mm_encoder_outputs: dict | None):
@@ -683,6 +713,8 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*VISION_INPUTS, *QUERY_INPUTS, "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
+        elif self.model.reads_question and model_inputs.get("input_ids") is not None:
+            model_inputs["carry"] = WholePrompt(input_ids, kwargs.get("attention_mask"))
         return model_inputs
 
     def _prepare_generation_config(self, *args, **kwargs):

@@ -65,6 +65,11 @@ class ZooProcessor(ProcessorMixin):
         height, width = pair(config.vision_config.image_size)
         return {"size": {"height": height, "width": width}, "do_center_crop": False}
 
+    @property
+    def caption_tokenizer(self):
+        """The tokenizer with which connectors read text of their own."""
+        return self.tokenizer
+
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
         """
         How many placeholders an image of this size becomes.

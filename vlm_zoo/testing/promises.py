@@ -52,10 +52,18 @@ class Subject:
         token = self.image_token
         two = [self.image(2), self.image(3, 64, 32)]
         return [
-            {"text": f"look {token} what is it?", "images": [self.image(1)]},
+            {"text": self.asked("what is it?"), "images": [self.image(1)]},
             {"text": f"first {token} and then {token} which is larger, the one or the other?", "images": two},
             {"text": "no image here", "images": []},
+            {"text": self.asked("a longer question, what else is there to be seen in it?"), "images": [self.image(4)]},
         ]
+
+    def asked(self, question: str) -> str:
+        """A prompt with one image, by the chat template where there is one: connectors may read the question in it."""
+        if self.processor.chat_template is None:
+            return f"{self.image_token} {question}"
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def batch(self, rows: list[dict], side: str = "left"):
         images = [row["images"] for row in rows]
@@ -75,6 +83,13 @@ class Subject:
         """The new tokens of a greedy answer of six tokens, unless options say otherwise."""
         options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **kwargs}
         return self.model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+
+    def first_logits(self, batch, **kwargs) -> torch.Tensor:
+        """The logits from which `generate` takes its first token, `float[B, V]`."""
+        outputs = self.model.generate(
+            **batch, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
+        )
+        return outputs.logits[0]
 
     def close(self, one: torch.Tensor, other: torch.Tensor, what: str) -> str:
         require(one.shape == other.shape, f"{what}: shapes {tuple(one.shape)} and {tuple(other.shape)}")
@@ -232,10 +247,13 @@ def bfloat16_runs(subject: Subject) -> str:
 @promise("cached generation equals uncached")
 def cache_changes_nothing(subject: Subject) -> str:
     batch = subject.batch(subject.ragged)
-    plain = subject.generate(batch, use_cache=False)
-    require(torch.equal(subject.generate(batch), plain), "a dynamic cache changes the answer")
-    require(torch.equal(subject.generate(batch, cache_implementation="static", disable_compile=True), plain),
-            "a static cache changes the answer")  # fmt: skip
+    plain, logits = subject.generate(batch, use_cache=False), subject.first_logits(batch, use_cache=False)
+    for name, options in {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+    }.items():
+        require(torch.equal(subject.generate(batch, **options), plain), f"a {name} cache changes the answer")
+        subject.close(subject.first_logits(batch, **options), logits, f"first logits with a {name} cache")
     return "dynamic and static"
 
 

@@ -28,6 +28,10 @@ class CaptionCollator:
     processor: ProcessorMixin
     max_length: int = 32
 
+    def __post_init__(self):
+        if self.max_length < 2:
+            raise ValueError(f"max_length must leave room for a word and the end of a caption, got {self.max_length}.")
+
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """
         Returns:
@@ -38,7 +42,7 @@ class CaptionCollator:
         """
         if not rows:
             raise ValueError("Cannot collate an empty batch: the dataset or the sampler gave no example.")
-        tokenizer = getattr(self.processor, "qformer_tokenizer", None) or self.processor.tokenizer
+        tokenizer = self.processor.caption_tokenizer
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         captions = [self.caption_of(row) for row in rows]
         ids = tokenizer(captions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
