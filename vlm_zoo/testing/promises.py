@@ -55,7 +55,6 @@ class Subject:
             {"text": self.asked("what is it?"), "images": [self.image(1)]},
             {"text": f"first {token} and then {token} which is larger, the one or the other?", "images": two},
             {"text": "no image here", "images": []},
-            {"text": self.asked("a longer question, what else is there to be seen in it?"), "images": [self.image(4)]},
         ]
 
     def asked(self, question: str) -> str:
