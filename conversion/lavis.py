@@ -41,6 +41,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm_zoo.models.blip2 import ZooBlip2Config
+from vlm_zoo.models.configuration_vlm import NO_DECODER
 
 from . import engine, flow
 from .engine import ConversionError, Table, Target, TensorInfo
@@ -205,11 +206,7 @@ def _check_kind(save: Path, saved: Mapping[str, TensorInfo]) -> None:
 def check_decoder(text_config: PreTrainedConfig) -> None:
     """Raises `ConversionError` for an encoder-decoder."""
     if text_config.is_encoder_decoder:
-        raise ConversionError(
-            f"The language model ({text_config.model_type}) is an encoder-decoder, expected a decoder: trainers need "
-            "one hidden state for every token of input_ids, but here the encoder reads those, and the answer's hidden "
-            "states are others."
-        )
+        raise ConversionError(f"The language model ({text_config.model_type}) {NO_DECODER}")
 
 
 def read_tower(save: Path, option: str | None) -> dict[str, TensorInfo]:

@@ -29,6 +29,8 @@ class ZooToyModel(ZooModel):
         outputs.pooler_output = list(self.connector(patches))
         return outputs
 
+    places_features = False  # one placeholder stands for all features of an image
+
     def placeholders_of(self, features):
         return 1
 

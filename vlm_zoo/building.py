@@ -56,6 +56,7 @@ from transformers.image_utils import (
 )
 
 from .chat_templates import ChatTemplateError, find_template, response_tokens
+from .models.configuration_vlm import NO_DECODER
 from .models.modeling_vlm import VISION_INPUTS
 from .models.parts_vlm import measure_tower, part_class
 from .models.processing_vlm import ZooProcessor
@@ -293,10 +294,7 @@ def _text_config(source: str, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the decoder."""
     kind = f"'{source}' ({config.model_type})"
     if config.is_encoder_decoder:
-        raise BuildError(
-            f"The language model {kind} is an encoder-decoder, expected a decoder: trainers need one hidden state for "
-            "every token of input_ids, but here the encoder reads those, and the answer's hidden states are others."
-        )
+        raise BuildError(f"The language model {kind} {NO_DECODER}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         if not hasattr(config.get_text_config(), "vocab_size"):
             raise BuildError(

@@ -477,6 +477,10 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
     def reads_question(self) -> bool:
         return self.config.text_conditioned
 
+    @property
+    def places_features(self) -> bool:
+        return not self.config.text_conditioned
+
     def build_connector(self, config: ZooBlip2Config) -> None:
         self.connector = Blip2Connector(config)
 
@@ -573,15 +577,6 @@ class ZooBlip2ForConditionalGeneration(Blip2Vocabulary, ZooForConditionalGenerat
     base_model_class = ZooBlip2Model
     _keys_to_ignore_on_load_unexpected = ZooBlip2Model._keys_to_ignore_on_load_unexpected
 
-    def _prepare_generation_config(self, *args, **kwargs):
-        """As in the frame, but where the question has a say a prompt with images is prefilled in one piece: a chunk is
-        given one feature for each of its placeholders, and it may lack the question."""
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        images = (model_kwargs.get("pixel_values"), (model_kwargs.get("mm_encoder_outputs") or {}).get("image"))
-        if self.config.text_conditioned and any(given is not None for given in images):
-            generation_config.prefill_chunk_size = None
-        return generation_config, model_kwargs
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processor
@@ -629,8 +624,9 @@ class ZooBlip2Processor(ZooProcessor):
             return batch
         settings = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         tensors = settings.get("return_tensors")
+        marker = self._marker()  # the chat template is rendered once, not for every row
         encoded = self.qformer_tokenizer(
-            [self.prompt_of(sample) for sample in ([text] if isinstance(text, str) else text)],
+            [self.prompt_of(sample, marker) for sample in ([text] if isinstance(text, str) else text)],
             padding=tensors is not None or settings.get("padding") not in (None, False, "do_not_pad"),
             truncation=True,
             return_tensors=tensors,
@@ -639,19 +635,23 @@ class ZooBlip2Processor(ZooProcessor):
             batch[f"qformer_{name}"] = encoded[name]
         return batch
 
-    def prompt_of(self, text: str) -> str:
-        """What stands before the first response, without image tokens and the token that opens a text."""
+    def prompt_of(self, text: str, marker: str | None = None) -> str:
+        """What stands before the first response, which starts at `marker`, by default the processor's own; without
+        image tokens and the token that opens a text."""
         if not isinstance(text, str):
             raise ValueError(f"The Q-Former's tokenizer reads plain text, got a {type(text).__name__}.")
-        marker = self._generation_prompt() if self.response_marker is None else self.response_marker
+        marker = self._marker() if marker is None else marker
         if marker:
             text = text.partition(marker)[0]
         for token in filter(None, (self.image_token, self.tokenizer.bos_token)):
             text = text.replace(token, "")
         return text.strip()
 
-    def _generation_prompt(self) -> str:
-        """The text with which the chat template opens the assistant's turn; empty without a template."""
+    def _marker(self) -> str:
+        """`response_marker`, or the text with which the chat template opens the assistant's turn; empty without
+        either."""
+        if self.response_marker is not None:
+            return self.response_marker
         if self.chat_template is None:
             return ""
         asked = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]

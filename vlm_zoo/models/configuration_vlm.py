@@ -21,6 +21,13 @@ from transformers.models.auto.modeling_auto import (
 HEAD_DOORS = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
 
 
+# What is wrong with an encoder-decoder, wherever one is refused.
+NO_DECODER = (
+    "is an encoder-decoder, expected a decoder: trainers need one hidden state for every token of input_ids, but here "
+    "the encoder reads those, and the answer's hidden states are others."
+)
+
+
 @strict
 class ZooConfig(PreTrainedConfig):
     r"""
@@ -84,11 +91,7 @@ class ZooConfig(PreTrainedConfig):
     def validate_language_model(self):
         """Part of `@strict` validation: the language model is a decoder."""
         if getattr(self.text_config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"The language model ({self.text_config.model_type}) is an encoder-decoder, expected a decoder: "
-                "trainers need one hidden state for every token of input_ids, but here the encoder reads those, and "
-                "the answer's hidden states are others."
-            )
+            raise ValueError(f"The language model ({self.text_config.model_type}) {NO_DECODER}")
 
     def validate_feature_layers(self):
         """Part of `@strict` validation: every feature layer is one that the tower has."""

@@ -38,7 +38,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
 from .layers import attend, split_heads
-from .modeling_vlm import VISION_INPUTS, FuseContext, ZooForConditionalGeneration, ZooModel
+from .modeling_vlm import FuseContext, ZooForConditionalGeneration, ZooModel, holds_images
 from .parts_vlm import find_layers
 from .processing_vlm import ZooProcessor
 
@@ -305,6 +305,12 @@ def media_mask(time: torch.Tensor, order: torch.Tensor, only_immediate: bool) ->
     return (order > 0) & (order == time if only_immediate else order <= time)
 
 
+def block_norm(config: ZooFlamingoConfig, width: int) -> nn.Module:
+    """The norm of the blocks, for vectors of this width."""
+    norm = nn.LayerNorm if config.cross_attention_norm == "layer_norm" else nn.RMSNorm
+    return norm(width, eps=config.cross_attention_norm_eps)
+
+
 class MediaProjection(nn.Module):
     """
     Keys and values of images for one block.
@@ -317,11 +323,9 @@ class MediaProjection(nn.Module):
         super().__init__()
         self.head_dim = config.cross_attention_head_dim
         inner = config.cross_attention_num_heads * self.head_dim
-        norm = nn.LayerNorm if config.cross_attention_norm == "layer_norm" else nn.RMSNorm
-        eps = config.cross_attention_norm_eps
         self.key = nn.Linear(config.media_width, inner, bias=False)
         self.value = nn.Linear(config.media_width, inner, bias=False)
-        self.key_norm = norm(self.head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
+        self.key_norm = block_norm(config, self.head_dim) if config.cross_attention_qk_norm else nn.Identity()
 
     def forward(self, media: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`float[B, S, Dv]` to keys and values `float[B, H, S, D]`."""
@@ -338,16 +342,14 @@ class FlamingoBlock(GradientCheckpointingLayer):
         width, head_dim = config.text_config.hidden_size, config.cross_attention_head_dim
         inner = config.cross_attention_num_heads * head_dim
         size = config.feed_forward_size or 4 * width
-        norm = nn.LayerNorm if config.cross_attention_norm == "layer_norm" else nn.RMSNorm
-        eps = config.cross_attention_norm_eps
         gates = 1 if config.gate_type == "scalar" else width
-        self.attention_norm = norm(width, eps=eps)
+        self.attention_norm = block_norm(config, width)
         self.query = nn.Linear(width, inner, bias=False)
         self.media = MediaProjection(config)
         self.output = nn.Linear(inner, width, bias=False)
-        self.query_norm = norm(head_dim, eps=eps) if config.cross_attention_qk_norm else nn.Identity()
+        self.query_norm = block_norm(config, head_dim) if config.cross_attention_qk_norm else nn.Identity()
         self.attention_gate = nn.Parameter(torch.empty(gates))
-        self.feed_forward_norm = norm(width, eps=eps)
+        self.feed_forward_norm = block_norm(config, width)
         self.feed_forward_in = nn.Linear(width, size, bias=False)
         if config.gated_feed_forward:
             self.feed_forward_gate_in = nn.Linear(width, size, bias=False)
@@ -437,6 +439,10 @@ class ZooFlamingoModel(ZooModel):
         places = {layer: position for position, layer in enumerate(config.gated_layers)}
         for index, layer in enumerate(getattr(holder, name)):
             layer.register_forward_pre_hook(partial(enter_layer, places.get(index)), with_kwargs=True)
+
+    @property
+    def places_features(self) -> bool:
+        return False
 
     @property
     def keeps_text(self) -> bool:
@@ -593,7 +599,7 @@ class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, Generatio
             cached = input_ids.shape[1] - ids.shape[1]
             if cached > 0:  # the answer goes on from a cache: its images are needed again, their tokens are not
                 prefix = CachedPrefix(input_ids[:, :cached] == self.config.image_token_id)
-                if not _holds_images(model_inputs) and prefix.placeholders.any():
+                if not holds_images(model_inputs) and prefix.placeholders.any():
                     raise ValueError(
                         f"The cached beginning of the prompt holds {int(prefix.placeholders.sum())} image tokens, but "
                         "images are missing: the cache keeps the language model's keys and values alone, so give all "
@@ -601,19 +607,6 @@ class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, Generatio
                     )
                 model_inputs["carry"] = prefix
         return model_inputs
-
-    def _prepare_generation_config(self, *args, **kwargs):
-        """As in the frame, but a prompt with images is prefilled in one piece: chunks are given one feature for each
-        placeholder, and here a placeholder stands for all latents of its image."""
-        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
-        if _holds_images(model_kwargs):
-            generation_config.prefill_chunk_size = None
-        return generation_config, model_kwargs
-
-
-def _holds_images(inputs: dict) -> bool:
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    return encoded is not None or any(inputs.get(name) is not None for name in VISION_INPUTS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,8 +619,8 @@ class ZooFlamingoProcessor(ZooProcessor):
     Images and text to a batch for Flamingo: one placeholder for an image.
 
     Where the images are given row by row, a list in place of an image is a clip: its frames, in their order; so is an
-    array of four dimensions, frames first. Then
-    `pixel_values` holds all frames and `image_grid_thw` says how many belong together.
+    array of four dimensions, frames first. Then `pixel_values` holds all frames and `image_grid_thw` says how many
+    belong together.
     """
 
     @classmethod

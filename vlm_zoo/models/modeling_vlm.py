@@ -269,6 +269,12 @@ class ZooModel(ZooPreTrainedModel):
         return False
 
     @property
+    def places_features(self) -> bool:
+        """Whether `get_image_features` gives one feature for each placeholder. Where it gives others, a prompt with
+        images cannot be cut into chunks: `generate` hands a chunk as many features as it has placeholders."""
+        return True
+
+    @property
     def keeps_text(self) -> bool:
         """Whether text without images gets exactly what the language model alone gives it."""
         return True
@@ -718,8 +724,11 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         return model_inputs
 
     def _prepare_generation_config(self, *args, **kwargs):
-        """As in transformers; placeholders are suppressed whatever else the caller suppresses."""
+        """As in transformers; placeholders are suppressed whatever else the caller suppresses, and a prompt with
+        images is prefilled in one piece where its features are not those of its placeholders."""
         generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if not self.model.places_features and holds_images(model_kwargs):
+            generation_config.prefill_chunk_size = None
         suppressed = {self.config.image_token_id, *(generation_config.suppress_tokens or [])}
         generation_config.suppress_tokens = sorted(suppressed)
         return generation_config, model_kwargs
@@ -763,6 +772,12 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def holds_images(inputs: dict[str, Any]) -> bool:
+    """Whether keyword arguments of a forward hold images, as pixels or encoded."""
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    return encoded is not None or any(inputs.get(name) is not None for name in VISION_INPUTS)
 
 
 def check_parts(parts: list[str]) -> None:
