@@ -6,8 +6,9 @@ One class serves every architecture. Its steps, in the order of the data:
     read       PIL (any mode), numpy, torch       ->  uint8[1, C, H, W], upright, RGB; bounds are checked first
     view       fixed size: the picture itself, padded to a square if asked
                AnyRes: the whole picture squashed to one tile, then the tiles of the resolution that fits best
+               covering grid: the whole picture, then the tiles of the smallest grid that keeps its resolution
     fit        resize and centre crop, still uint8
-    normalise  one multiply-add in float32        ->  float[I, C, H, W], with AnyRes float[I, P, C, H, W]
+    normalise  one multiply-add in float32        ->  float[I, C, H, W], with tiles float[I, P, C, H, W]
 
 Resizing uint8 pixels in the memory order of decoded files ([H, W, C]) is several times faster than resizing floats or
 planes. Pictures are handled one by one: no result depends on its neighbours, and above 64 x 64 pixels a batch would be
@@ -15,10 +16,12 @@ slower. Against transformers' PIL backends (Pillow 13) values differ by at most 
 two values of a million.
 
 AnyRes is LLaVA-NeXT's (https://llava-vl.github.io/blog/2024-01-30-llava-next), the padding to a square LLaVA-1.5's
-(https://huggingface.co/papers/2310.03744). Deviations from transformers' processors: EXIF orientation is applied to
+(https://huggingface.co/papers/2310.03744), the covering grid Ovis' (https://huggingface.co/papers/2405.20797, from
+version 1.6). Deviations from transformers' processors: EXIF orientation is applied to
 PIL pictures as it is to files; floats in [0, 1] are not divided by 255 a second time; 16-bit pictures are scaled to 8
 bits, not clipped; `crop_size` decides the tile only where there is a centre crop; None for an option means "as
-configured".
+configured"; a covering grid has the rows and columns for which it was chosen, where transformers' Ovis2 cuts a grid of
+2 rows and 1 column into 1 row and 2 columns.
 """
 
 import base64
@@ -78,6 +81,43 @@ def unpadded_grid(image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[i
         return rows - (rows - kept) // 2 * 2, columns
     kept = int(round(width * (rows / height), 7))
     return rows, columns - (columns - kept) // 2 * 2
+
+
+def covering_grid(image_size: tuple[int, int], tile: int, max_tiles: int, enough: float = 0.9) -> tuple[int, int]:
+    """
+    Returns the (rows, columns) of the smallest grid whose tiles show enough of a picture at its own resolution.
+
+    A tile whose longer edge is above `tile` is shrunk to it, keeping its aspect ratio; what is left of the picture's
+    area is what the grid covers. Without a grid that covers enough it is the one that covers most.
+
+    Args:
+        image_size: (height, width) of the picture.
+        tile: edge of what the tower sees.
+        max_tiles: rows times columns at most.
+        enough: share of the area above which a grid is good.
+    """
+    height, width = image_size
+    grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
+    covered = {}
+    for grid in grids:
+        area = 0
+        for top, left, bottom, right in _regions(image_size, grid):
+            longer, shorter = max(right - left, bottom - top), min(right - left, bottom - top)
+            area += tile * (shorter / longer * tile) if longer > tile else longer * shorter
+        covered[grid] = area / (height * width)
+    good = [grid for grid in grids if covered[grid] > enough]
+    if good:
+        return min(good, key=lambda grid: (math.prod(grid), -covered[grid]))
+    return min(grids, key=lambda grid: (-covered[grid], math.prod(grid)))
+
+
+def _regions(image_size: tuple[int, int], grid: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Returns (top, left, bottom, right) of the tiles of a picture, row by row; the last ones take what remains."""
+    edges = []
+    for length, parts in zip(image_size, grid, strict=True):
+        starts = [length // parts * part for part in range(parts)]
+        edges.append(list(zip(starts, (*starts[1:], length), strict=True)))
+    return [(top, left, bottom, right) for (top, bottom), (left, right) in itertools.product(*edges)]
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
@@ -247,13 +287,35 @@ def _pad_to_square(pixels: torch.Tensor, image_mean: float | tuple[float, ...] |
     return square
 
 
+def _letterbox(pixels: torch.Tensor, size: tuple[int, int], settings: dict[str, Any]) -> torch.Tensor:
+    """Resizes a picture into `size` at its own aspect ratio, in the middle of a canvas of the colour `image_mean`."""
+    height, width = pixels.shape[-2:]
+    scale = min(size[0] / height, size[1] / width)
+    fitted = tuple(
+        limit if limit / length == scale else max(1, int(length * scale))
+        for limit, length in zip(size, (height, width), strict=True)
+    )
+    pixels = _resize(pixels, fitted, settings["resample"])
+    channels, mean = pixels.shape[1], settings["image_mean"]
+    mean = mean if isinstance(mean, list | tuple) else [mean or 0.0] * channels
+    canvas = pixels.new_zeros(1, *size, channels).permute(0, 3, 1, 2)
+    for channel, value in zip(range(channels), mean, strict=False):
+        canvas[:, channel] = round(value * 255)
+    top, left = (size[0] - fitted[0]) // 2, (size[1] - fitted[1]) // 2
+    canvas[..., top : top + fitted[0], left : left + fitted[1]] = pixels
+    return canvas
+
+
 class ZooImageProcessorKwargs(ImagesKwargs, total=False):
     """
     image_grid_pinpoints (`list[list[int]]`, *optional*):
         The resolutions [height, width] that AnyRes chooses from. None or an empty list: one fixed size.
     do_pad_to_square (`bool`, *optional*, defaults to `False`):
         Whether to pad a picture to a square of the colour `image_mean` before resizing it (LLaVA's "pad" aspect
-        ratio). AnyRes ignores it.
+        ratio). AnyRes ignores it; with `max_tiles` every view is resized at its own aspect ratio and then padded.
+    max_tiles (`int`, *optional*):
+        The tiles of a covering grid, at most (Ovis). None: no covering grid. Above one tile the whole picture comes
+        first.
     do_exif_transpose (`bool`, *optional*, defaults to `True`):
         Whether to turn PIL pictures upright by their EXIF orientation.
     max_image_pixels (`int`, *optional*, defaults to 178956970):
@@ -268,6 +330,7 @@ class ZooImageProcessorKwargs(ImagesKwargs, total=False):
 
     image_grid_pinpoints: list[list[int] | tuple[int, int]] | None
     do_pad_to_square: bool | None
+    max_tiles: int | None
     do_exif_transpose: bool | None
     max_image_pixels: int | None
     max_images: int | None
@@ -277,9 +340,9 @@ class ZooImageProcessorKwargs(ImagesKwargs, total=False):
 
 class ZooImageProcessor(BaseImageProcessor):
     """
-    Turns pictures into `pixel_values`, at one fixed size or as AnyRes tiles.
+    Turns pictures into `pixel_values`, at one fixed size or as tiles.
 
-    A fixed size gives `pixel_values` float[I, C, H, W]. `image_grid_pinpoints` give `pixel_values`
+    A fixed size gives `pixel_values` float[I, C, H, W]. `image_grid_pinpoints` or `max_tiles` give `pixel_values`
     float[I, P, C, H, W] (the whole picture, its tiles row by row and, if `do_pad`, zeros up to the picture with the
     most) and `image_sizes` int[I, 2], the (height, width) of each upright picture. Without `return_tensors` both are
     lists. `device` says where the result goes; the work is done on the CPU, so that pixels do not depend on it.
@@ -304,12 +367,13 @@ class ZooImageProcessor(BaseImageProcessor):
     do_pad = True
     image_grid_pinpoints = None
     do_pad_to_square = False
+    max_tiles = None
     do_exif_transpose = True
     max_image_pixels = 178_956_970
     max_images = 10_000
 
     def __init__(self, **kwargs: Unpack[ZooImageProcessorKwargs]):
-        kwargs.pop("model_input_names", None)  # some saved files have it; here the pinpoints decide
+        kwargs.pop("model_input_names", None)  # some saved files have it; here the tiles decide
         super().__init__(**kwargs)
         self._set_attributes(**kwargs)
 
@@ -321,18 +385,20 @@ class ZooImageProcessor(BaseImageProcessor):
     @property
     def model_input_names(self) -> list[str]:
         """The keys that a call returns."""
-        return ["pixel_values", "image_sizes"] if self.image_grid_pinpoints else ["pixel_values"]
+        return ["pixel_values", "image_sizes"] if self.use_thumbnail else ["pixel_values"]
 
     @property
     def use_thumbnail(self) -> bool:
         """Whether the whole picture is a view beside its tiles."""
-        return bool(self.image_grid_pinpoints)
+        return bool(self.image_grid_pinpoints or self.max_tiles)
 
     # Counting, from sizes alone; `images_kwargs` are options as a call would get them
 
     def processed_size(self, height: int, width: int, **images_kwargs) -> tuple[int, int]:
         """Returns the (height, width) at which the tower sees a picture of this size, or each of its tiles."""
         settings = self._settings(images_kwargs)
+        if settings["max_tiles"]:
+            return self._tiling(settings)[0]
         if settings["image_grid_pinpoints"]:
             height, width = self._tiling(settings)[0]
         elif settings["do_pad_to_square"]:
@@ -344,8 +410,10 @@ class ZooImageProcessor(BaseImageProcessor):
         return height, width
 
     def tile_grid(self, height: int, width: int, **images_kwargs) -> tuple[int, int] | None:
-        """Returns the (rows, columns) of tiles that a picture of this size is cut into; None without AnyRes."""
+        """Returns the (rows, columns) of tiles that a picture of this size is cut into; None at one fixed size."""
         settings = self._settings(images_kwargs)
+        if settings["max_tiles"]:
+            return covering_grid((height, width), self._tiling(settings)[1], settings["max_tiles"])
         if not settings["image_grid_pinpoints"]:
             return None
         best_height, best_width = select_best_resolution((height, width), settings["image_grid_pinpoints"])
@@ -354,8 +422,10 @@ class ZooImageProcessor(BaseImageProcessor):
 
     def num_tiles(self, height: int, width: int, **images_kwargs) -> int:
         """Returns how many views of a picture of this size the tower sees: the whole picture and its tiles."""
-        rows, columns = self.tile_grid(height, width, **images_kwargs) or (0, 0)
-        return 1 + rows * columns
+        grid = self.tile_grid(height, width, **images_kwargs) or (0, 0)
+        if grid == (1, 1) and self._settings(images_kwargs)["max_tiles"]:
+            return 1
+        return 1 + math.prod(grid)
 
     # Options
 
@@ -375,12 +445,22 @@ class ZooImageProcessor(BaseImageProcessor):
             pinpoints = [[0, 0]]
         if any(min(pinpoint) < 1 for pinpoint in pinpoints):
             raise ValueError(f"image_grid_pinpoints={image_grid_pinpoints!r}, expected a list of [height, width]")
+        max_tiles = kwargs["max_tiles"]
+        if max_tiles is not None and (pinpoints or max_tiles < 1):
+            raise ValueError(
+                f"max_tiles={max_tiles} with image_grid_pinpoints={pinpoints or None}, expected one of them, and "
+                "max_tiles at least 1"
+            )
         return {**kwargs, "image_grid_pinpoints": pinpoints or None}
 
     @staticmethod
     def _tiling(settings: dict[str, Any]) -> tuple[tuple[int, int], int]:
-        """Returns the size to which AnyRes squashes the whole picture, and the edge of its tiles."""
+        """Returns the size to which the whole picture is squashed, and the edge of its tiles."""
         size = settings["size"]
+        if settings["max_tiles"]:
+            if size is None or not size.height or size.height != size.width:
+                raise ValueError(f"size={size}, but max_tiles needs height and width, and both the same")
+            return (size.height, size.width), size.height
         if size is None or not (size.shortest_edge or (size.height and size.width)):
             raise ValueError(f"size={size}, but AnyRes needs height and width, or shortest_edge")
         whole = size.height or size.shortest_edge, size.width or size.shortest_edge
@@ -487,6 +567,8 @@ class ZooImageProcessor(BaseImageProcessor):
     def _view(self, pixels: torch.Tensor, settings: dict[str, Any]) -> list[torch.Tensor]:
         """Returns what the tower is to see of a picture, each uint8[1, C, h, w]."""
         image_size, pinpoints = tuple(pixels.shape[-2:]), settings["image_grid_pinpoints"]
+        if settings["max_tiles"]:
+            return self._cover(pixels, settings)
         if not pinpoints:
             if settings["do_pad_to_square"] and image_size[0] != image_size[1]:
                 self._check_size((max(image_size),) * 2, settings, "would be padded to")
@@ -504,6 +586,23 @@ class ZooImageProcessor(BaseImageProcessor):
         sizes = {tuple(view.shape[-2:]) for view in views}
         if len(sizes) > 1:
             raise ImageError(f"gives tiles of the sizes {sorted(sizes)}: {best} is no multiple of {tile}")
+        return views
+
+    def _cover(self, pixels: torch.Tensor, settings: dict[str, Any]) -> list[torch.Tensor]:
+        """Returns the whole picture and its tiles; of a single tile, the whole picture alone."""
+        image_size, (whole, tile) = tuple(pixels.shape[-2:]), self._tiling(settings)
+        grid = covering_grid(image_size, tile, settings["max_tiles"])
+        if settings["do_pad_to_square"]:
+            regions = _regions(image_size, grid) if grid != (1, 1) else []
+            crops = [pixels[..., top:bottom, left:right] for top, left, bottom, right in regions]
+            return [_letterbox(view, whole, settings) for view in (pixels, *crops)]
+        views = [_resize(pixels, whole, settings["resample"])]
+        if grid != (1, 1):
+            size = grid[0] * tile, grid[1] * tile
+            self._check_size(size, settings, "would be tiled at")
+            canvas = _resize(pixels, size, settings["resample"])
+            corners = itertools.product(range(0, size[0], tile), range(0, size[1], tile))
+            views += [canvas[..., top : top + tile, left : left + tile] for top, left in corners]
         return views
 
     def _fit(self, pixels: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
@@ -567,7 +666,8 @@ class ZooImageProcessor(BaseImageProcessor):
                 raise ImageError(f"image {index} {error}") from error.__cause__
             levels.append(levels_per_unit)
             sizes.append(tuple(pixels.shape[-2:]))
-        pixel_values, tiled = self._normalise(views, levels, settings), settings["image_grid_pinpoints"]
+        pixel_values = self._normalise(views, levels, settings)
+        tiled = settings["image_grid_pinpoints"] or settings["max_tiles"]
         if settings["return_tensors"] is None:
             pixel_values = [rows if tiled else rows[0] for rows in pixel_values]
         data = {"pixel_values": pixel_values if tiled or isinstance(pixel_values, list) else pixel_values[:, 0]}

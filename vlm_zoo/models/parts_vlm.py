@@ -69,17 +69,23 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.Module, str]:
     raise ValueError(f"{type(model).__name__} has no list of {depth} layers (config.num_hidden_layers = {depth}).")
 
 
-def cut_tower(tower: PreTrainedModel, layers: list[int]) -> None:
+def cut_tower(tower: PreTrainedModel, layers: list[int], last_hidden_state: bool = False) -> None:
     """
     Removes what none of these hidden states depends on: later layers, the pooling head, the final norm. A mask token
     becomes a buffer.
 
     What is unused is found by a backward pass of the same tower without weights.
+
+    Args:
+        tower: is changed.
+        layers: the hidden states that are used.
+        last_hidden_state: whether the tower's `last_hidden_state` is used too, which some towers norm.
     """
     last = max(*layers, 1)  # a tower keeps one layer, used or not: without any it would record no hidden state
     with torch.inference_mode(False), torch.enable_grad():
         states = hidden_states_on_meta(tower.config)
-        sum(states.hidden[layer].sum() for layer in (*layers, last)).backward()
+        used = [states.hidden[layer] for layer in (*layers, last)] + ([states.last] if last_hidden_state else [])
+        sum(state.sum() for state in used).backward()
     unused = {name for name, parameter in states.tower.named_parameters() if parameter.grad is None}
     holder, name = find_layers(tower)
     setattr(holder, name, getattr(holder, name)[:last])
@@ -103,17 +109,20 @@ def _remove(module: nn.Module, unused: set[str], prefix: str = "") -> None:
 class _MetaStates(NamedTuple):
     tower: PreTrainedModel
     hidden: tuple[torch.Tensor, ...]
+    last: torch.Tensor
 
 
 def hidden_states_on_meta(vision_config: PreTrainedConfig) -> _MetaStates:
-    """A tower without weights, and its hidden states `float[1, N, Dv]` for one image: shapes and graph, no numbers."""
+    """A tower without weights, its hidden states and its last one `float[1, N, Dv]` for one image: shapes and graph,
+    no numbers."""
     vision_config = copy.deepcopy(vision_config)
     vision_config._attn_implementation = "eager"  # other kernels do not run without weights
     height, width = pair(vision_config.image_size)
     with torch.device("meta"):
         tower = build_part(vision_config, "vision tower")
         pixels = torch.zeros(1, getattr(vision_config, "num_channels", 3), height, width, dtype=tower.dtype)
-        return _MetaStates(tower, tower(pixels, output_hidden_states=True).hidden_states)
+        outputs = tower(pixels, output_hidden_states=True)
+        return _MetaStates(tower, outputs.hidden_states, outputs.last_hidden_state)
 
 
 def build_head(text_config: PreTrainedConfig) -> nn.Linear:
