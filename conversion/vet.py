@@ -6,8 +6,8 @@
     read_upstream(folder, image_token_id)           Ovis 1.6 and 2 as AIDC-AI's code writes them
 
 The two formats of Ovis 2 compute different features: transformers' passes the tower's last norm, AIDC-AI's does not.
-The config says which (`tower_norm`), and the numbers stay the source's. When Ovis 1.6 was written Gemma 2 multiplied the
-embeddings of images too: that factor is part of the table here. Ovis 2.5 reads images at their own size, for which
+The config says which (`tower_norm`), and the numbers stay the source's. When Ovis 1.6 was written, Gemma 2 multiplied
+the embeddings of images too: that factor is part of the table here. Ovis 2.5 reads images at their own size, for which
 there is no tower here; it is refused by name.
 """
 

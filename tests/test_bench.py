@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlm_zoo import cli
-from vlm_zoo.bench import Row, Scale, blip2_rows, engine, flamingo_rows, measure, peak, rows, run, table
+from vlm_zoo.bench import Row, Scale, blip2_rows, engine, flamingo_rows, measure, peak, rows, run, table, vet_rows
 from vlm_zoo.bench.engine import Case, Entry, Equality, NotRun, close, same
 from vlm_zoo.bench.measure import Timing, one_thread, peak_of, take_turns
 from vlm_zoo.models.modeling_vlm import ZooPreTrainedModel
@@ -34,6 +34,9 @@ TINY = Scale(
     prompt_tokens=8,
     answer_tokens=6,
     new_tokens=4,
+    visual_vocab_size=700,
+    visual_features=24,
+    visual_embeddings=32,
     texts=4,
     picture=(90, 160),
     photo=(48, 64),
@@ -120,6 +123,20 @@ def test_other_weights_make_a_row_of_flamingo_unequal(part, monkeypatch):
 
     monkeypatch.setattr(flamingo_rows, "zoo_from_transformers", spoiled)
     assert not engine.ROWS["idefics_decode_resampled"].build(TINY).compare().equal
+
+
+@pytest.mark.parametrize("part", ["head", "norm", "table"])
+@pytest.mark.parametrize("name", ["visual_head", "visual_head_softmax_training"])
+def test_other_weights_make_a_row_of_the_visual_head_unequal(name, part, monkeypatch):
+    class Spoiled(vet_rows.Ovis2Head):
+        def forward(self, features):
+            spoiled = {"head": self.tower.head_linear, "norm": self.tower.head_norm, "table": self.table}[part]
+            with torch.no_grad():
+                spoiled.weight.mul_(torch.randn_like(spoiled.weight))
+            return super().forward(features)
+
+    monkeypatch.setattr(vet_rows, "Ovis2Head", Spoiled)
+    assert not engine.ROWS[name].build(TINY).compare().equal
 
 
 def test_a_mask_that_shows_other_images_makes_a_row_unequal(monkeypatch):

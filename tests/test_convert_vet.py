@@ -190,7 +190,7 @@ def test_an_upstream_ovis_gives_its_logits(name, size):
     embeddings = oracle["out.inputs_embeds"][0, len(before) : -len(after)] * scale
     print(f"{name}: {(features - embeddings).abs().max():.1e}, logits {(logits - expected).abs().max():.1e}")
     assert (features - embeddings).abs().max() <= TOLERANCE
-    # In float64 the zoo's logits of the first are 1e-5 from upstream's, whose largest is 6.7: the limit grows with them
+    # Logits of Ovis 1.6 reach 6.7, and upstream's own are 1e-5 from those in float64: the limit grows with them
     assert (logits - expected).abs().max() <= TOLERANCE * max(1.0, expected.abs().max())
 
 

@@ -20,6 +20,8 @@ class Scale:
     vocab_size: of `loss_152k`. The other rows do not depend on it and take `small_vocab_size`.
     prompt_tokens, answer_tokens: text tokens before and after the answer starts; the answer is supervised.
     new_tokens: tokens that a step of `decode` generates.
+    visual_vocab_size: rows of the visual embedding table; `visual_features` and `visual_embeddings` are the widths of
+        a token before and behind it.
     texts: rows of the batch of `processor_text`.
     picture, photo: (height, width) of the pictures of `pixels_1080p` and of `processor_text`.
     """
@@ -43,6 +45,9 @@ class Scale:
     prompt_tokens: int = 64
     answer_tokens: int = 64
     new_tokens: int = 16
+    visual_vocab_size: int = 65_536
+    visual_features: int = 1024
+    visual_embeddings: int = 1536
     texts: int = 16
     picture: tuple[int, int] = (1080, 1920)
     photo: tuple[int, int] = (480, 640)
@@ -113,5 +118,8 @@ QUICK = Scale(
     vocab_size=64_000,
     small_vocab_size=8_000,
     new_tokens=8,
+    visual_vocab_size=16_384,
+    visual_features=512,
+    visual_embeddings=512,
     texts=8,
 )

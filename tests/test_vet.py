@@ -1,0 +1,399 @@
+"""What Ovis says: probabilities over visual words, a table of their embeddings, indicators, and a covering grid."""
+
+import random
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch import nn
+from transformers.image_utils import PILImageResampling
+
+from vlm_zoo.models import vet
+from vlm_zoo.models.image_processing_vlm import ZooImageProcessor, covering_grid
+from vlm_zoo.models.vet import VisualEmbeddingTable, ZooVetConfig, join_neighbours, layout, product
+from vlm_zoo.testing import check_vlm, tiny_config, tiny_model, tiny_processor
+from vlm_zoo.testing.promises import Subject
+
+
+FUNCTIONS = ["softmax", "st_argmax", "gumbel_argmax"]
+
+
+def subject_of(**fields) -> Subject:
+    model = tiny_model("zoo_vet", **fields)
+    return Subject(model, tiny_processor("zoo_vet", model.config), tolerance=1e-5)
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_the_softmax_of_normed_scores():
+    connector = tiny_model("zoo_vet").model.connector
+    groups = torch.randn(5, 32)
+    expected = nn.functional.layer_norm(groups @ connector.head.weight.T, (507,)).softmax(-1)
+    torch.testing.assert_close(connector.tokenize(groups), expected)
+
+
+def test_a_head_without_its_norm_takes_the_scores_as_they_are():
+    connector = tiny_model("zoo_vet", head_layer_norm=False).model.connector
+    groups = torch.randn(5, 32)
+    torch.testing.assert_close(connector.tokenize(groups), (groups @ connector.head.weight.T).softmax(-1))
+
+
+def test_a_token_is_the_mean_of_the_words_under_their_probabilities():
+    connector = tiny_model("zoo_vet").model.connector
+    groups = torch.randn(5, 32)
+    expected = connector.tokenize(groups) @ connector.table.weight[:507]
+    torch.testing.assert_close(connector.embed(groups), expected)
+
+
+@pytest.mark.parametrize("function", ["st_argmax", "gumbel_argmax"])
+def test_a_token_is_the_most_probable_word_where_one_is_chosen(function):
+    connector = tiny_model("zoo_vet", tokenize_function=function).model.connector
+    groups = torch.randn(5, 32)
+    best = connector.tokenize(groups).argmax(-1)
+    assert torch.equal(connector.embed(groups), connector.table.weight[best])
+    with torch.no_grad():
+        assert torch.equal(connector.embed(groups), connector.table.weight[best])
+
+
+def test_sampled_words_differ_from_draw_to_draw_in_training_alone():
+    connector = tiny_model("zoo_vet", tokenize_function="gumbel_argmax").model.connector
+    groups = torch.randn(5, 32)
+    assert torch.equal(connector.embed(groups), connector.embed(groups))
+    connector.train()
+    assert not torch.equal(connector.embed(groups), connector.embed(groups))
+
+
+def test_a_chosen_word_passes_the_gradient_of_the_mean():
+    connector = tiny_model("zoo_vet", tokenize_function="st_argmax").model.connector
+    groups, gradient = torch.randn(5, 32), torch.randn(5, 48)
+    connector.embed(groups).backward(gradient)
+    found = connector.head.weight.grad.clone()
+    connector.zero_grad()
+    table = connector.table.weight[:507].detach()
+    (connector.tokenize(groups) @ table).backward(gradient)
+    torch.testing.assert_close(found, connector.head.weight.grad)
+
+
+def test_a_chosen_word_alone_is_trained_in_the_table():
+    connector = tiny_model("zoo_vet", tokenize_function="st_argmax").model.connector
+    groups = torch.randn(5, 32)
+    connector.embed(groups).sum().backward()
+    touched = connector.table.weight.grad.abs().sum(-1).nonzero().flatten()
+    assert set(touched.tolist()) == set(connector.tokenize(groups).argmax(-1).tolist())
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_looks_up_ids_and_averages_probabilities():
+    table = VisualEmbeddingTable(6, 4)
+    ids = torch.tensor([[1, 5], [0, 2]])
+    assert torch.equal(table(ids), table.weight[ids])
+    probabilities = torch.eye(6)[[4, 2]]
+    torch.testing.assert_close(table(probabilities), table.weight[[4, 2]])
+    torch.testing.assert_close(table(probabilities[None]), table.weight[[4, 2]][None])
+
+
+def test_probabilities_of_fewer_words_leave_the_last_rows_out():
+    table = VisualEmbeddingTable(6, 4)
+    torch.testing.assert_close(table(torch.full((1, 4), 0.25)), table.weight[:4].mean(0, keepdim=True))
+
+
+def test_probabilities_of_more_words_than_the_table_has_are_refused():
+    with pytest.raises(ValueError, match="Got probabilities of 7 words, the table has 6 rows"):
+        VisualEmbeddingTable(6, 4)(torch.zeros(1, 7))
+
+
+def test_every_weight_of_the_table_is_initialised_as_words_are():
+    weight = tiny_model("zoo_vet").model.connector.table.weight
+    assert 0.95 < weight.std() < 1.05
+
+
+# --- large vocabularies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [5, 511, 600, 1024, 1531])
+def test_products_in_blocks_equal_plain_ones(words):
+    states, table = torch.randn(7, 24), torch.randn(words, 24)
+    torch.testing.assert_close(product(states, table), states @ table.T)
+
+
+@pytest.mark.parametrize("function", ["softmax", "st_argmax"])
+def test_gradients_by_hand_equal_those_of_plain_products(function, monkeypatch):
+    connector = tiny_model("zoo_vet", tokenize_function=function, visual_vocab_size=1536).model.connector
+    groups, results = torch.randn(9, 32, requires_grad=True), []
+    for ordinary in (True, False):
+        monkeypatch.setattr(vet, "is_ordinary", lambda device, ordinary=ordinary: ordinary)
+        connector.zero_grad()
+        groups.grad = None
+        embeddings = connector.embed(groups)
+        embeddings.square().sum().backward()
+        results.append([embeddings, groups.grad, *(p.grad.clone() for p in connector.parameters())])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_tokens_in_chunks_equal_tokens_at_once(function, monkeypatch):
+    connector = tiny_model("zoo_vet", tokenize_function=function).model.connector
+    groups, results = torch.randn(9, 32), []
+    for entries in (vet.CHUNK_ENTRIES, 2 * 507):
+        monkeypatch.setattr(vet, "CHUNK_ENTRIES", entries)
+        connector.zero_grad()
+        embeddings = connector.embed(groups)
+        embeddings.square().sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(connector.embed(groups), embeddings)
+        results.append([embeddings, *(p.grad.clone() for p in connector.parameters())])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(whole, chunked, atol=1e-5, rtol=1e-4)
+
+
+def test_a_chunk_draws_the_same_words_when_it_is_computed_again(monkeypatch):
+    connector = tiny_model("zoo_vet", tokenize_function="gumbel_argmax").model.connector.train()
+    monkeypatch.setattr(vet, "CHUNK_ENTRIES", 2 * 507)
+    embeddings = connector.embed(torch.randn(9, 32))
+    embeddings.sum().backward()
+    drawn = {tuple(row) for row in embeddings.tolist()}
+    touched = connector.table.weight.grad.abs().sum(-1).nonzero().flatten()
+    assert {tuple(row) for row in connector.table.weight[touched].tolist()} == drawn
+
+
+def test_bfloat16_and_autocast_compute_what_float32_does():
+    connector = tiny_model("zoo_vet").model.connector
+    groups = torch.randn(9, 32)
+    expected = connector.embed(groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(connector.embed(groups).float(), expected, atol=0.02, rtol=0.1)
+    torch.testing.assert_close(connector.bfloat16().embed(groups).float(), expected, atol=0.02, rtol=0.1)
+
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_stand_side_by_side_and_zeros_fill_the_last_row_and_column():
+    patches = torch.arange(1.0, 10.0).view(1, 9, 1)
+    expected = [[1, 2, 4, 5], [3, 0, 6, 0], [7, 8, 0, 0], [9, 0, 0, 0]]
+    assert join_neighbours(patches, (3, 3), 2).tolist() == [expected]
+
+
+def test_neighbours_of_a_grid_that_is_no_square():
+    patches = torch.arange(1.0, 9.0).view(1, 8, 1)
+    assert join_neighbours(patches, (2, 4), 2).tolist() == [[[1, 2, 5, 6], [3, 4, 7, 8]]]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("indicators", [0, 2, 5])
+@pytest.mark.parametrize("max_tiles", [None, 4])
+def test_counts_and_features_agree(stride, indicators, max_tiles):
+    subject = subject_of(hidden_stride=stride, num_visual_indicators=indicators, max_tiles=max_tiles)
+    check_vlm(subject.model, subject.processor, only="one count").raise_if_failed()
+
+
+# --- indicators ------------------------------------------------------------------------------------------------------
+
+
+def spelled(grid, indicators):
+    names = ["<start>", "<whole>", "<column>", "<row>", "<end>"] if indicators == 5 else ["<start>", "<end>"]
+    return "".join(names[number] if kind == "indicator" else str(number) for kind, number in layout(grid, indicators))
+
+
+def test_a_tiled_image_is_laid_out_as_ovis_lays_it_out():
+    expected = "<start>0<whole>1<column>2<column>3<row>4<column>5<column>6<end>"
+    assert spelled((2, 3), 5) == expected
+    assert spelled((2, 1), 5) == "<start>0<whole>1<row>2<end>"
+    assert spelled((1, 2), 5) == "<start>0<whole>1<column>2<end>"
+
+
+def test_an_image_of_one_view_has_three_indicators():
+    assert spelled((1, 1), 5) == "<start>0<whole><end>"
+
+
+def test_two_indicators_stand_around_the_image_and_none_leave_it_alone():
+    assert spelled((2, 1), 2) == "<start>012<end>"
+    assert spelled((2, 1), 0) == "012"
+
+
+def test_indicators_are_the_last_rows_of_the_table():
+    model = tiny_model("zoo_vet").model
+    (features,) = model.get_image_features(torch.randn(1, 3, 32, 32)).pooler_output
+    assert len(features) == 19
+    assert torch.equal(features[[0, 17, 18]], model.connector.table.weight[[507, 508, 511]])
+
+
+def test_no_patch_becomes_an_indicator():
+    model = tiny_model("zoo_vet")
+    (words,) = model.visual_words(torch.randn(1, 3, 32, 32), top_k=507)
+    assert words.ids.max() == 506 and words.ids.shape == (16, 507)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def test_covering_grids_are_those_of_transformers():
+    reference = pytest.importorskip("transformers.models.ovis2.image_processing_pil_ovis2")
+    randomness = random.Random(0)
+    for _ in range(300):
+        size = (randomness.randint(1, 3000), randomness.randint(1, 3000))
+        for most in (1, 4, 9, 12):
+            assert covering_grid(size, 448, most) == reference.get_min_tile_covering_grid(size, 448, most)
+
+
+def test_a_wide_picture_gets_columns():
+    assert covering_grid((448, 896), 448, 9) == (1, 2)
+    assert covering_grid((896, 448), 448, 9) == (2, 1)
+
+
+def test_the_whole_picture_comes_first_and_tiles_keep_their_place():
+    processor = ZooImageProcessor(
+        size={"height": 8, "width": 8}, do_center_crop=False, max_tiles=4, do_normalize=False, do_pad_to_square=True
+    )
+    array = np.zeros((8, 16, 3), dtype=np.uint8)
+    array[:, :8, 0], array[:, 8:, 1] = 255, 255
+    batch = processor(PIL.Image.fromarray(array), return_tensors="pt")
+    whole, left, right = batch["pixel_values"][0]
+    assert batch["image_sizes"].tolist() == [[8, 16]]
+    assert (left[0] == 1).all() and (right[1] == 1).all() and (left[1] == 0).all()
+    assert whole[:, 3, 0].tolist() == [1, 0, 0] and whole[:, 4, 7].tolist() == [0, 1, 0]
+    padding = torch.tensor(processor.image_mean).view(3, 1, 1)
+    assert ((whole[:, [0, 1, 6, 7]] - padding).abs() < 1 / 255).all()
+
+
+def test_squashed_tiles_fill_their_squares():
+    processor = ZooImageProcessor(
+        size={"height": 8, "width": 8}, do_center_crop=False, max_tiles=4, resample=PILImageResampling.BILINEAR
+    )
+    array = np.random.default_rng(0).integers(0, 256, (10, 19, 3), dtype=np.uint8)
+    views = processor(PIL.Image.fromarray(array), return_tensors="pt")["pixel_values"][0]
+    resized = processor(PIL.Image.fromarray(array), return_tensors="pt", max_tiles=1, size={"height": 8, "width": 8})[
+        "pixel_values"
+    ][0]
+    assert torch.equal(views[:1], resized)
+    assert len(views) == processor.num_tiles(10, 19)
+
+
+def test_padding_has_the_colour_that_normalises_to_nearly_nothing():
+    processor = ZooImageProcessor(
+        size={"height": 8, "width": 8}, do_center_crop=False, max_tiles=1, do_pad_to_square=True
+    )
+    array = np.full((4, 16, 3), 255, dtype=np.uint8)
+    (view,) = processor(PIL.Image.fromarray(array), return_tensors="pt")["pixel_values"][0]
+    assert view[:, :3].abs().max() < 0.01 and view[:, 3:5].min() > 1.5
+
+
+def test_tiles_of_two_kinds_at_once_are_refused():
+    with pytest.raises(ValueError, match="expected one of them"):
+        ZooImageProcessor(size={"height": 8, "width": 8}, max_tiles=2, image_grid_pinpoints=[[8, 16]])
+
+
+def test_an_image_does_not_depend_on_the_tiles_of_its_neighbours():
+    subject = subject_of(max_tiles=4)
+    small = {"text": "a <image> b", "images": [subject.image(0, 30, 30)]}
+    large = {"text": "<image>", "images": [subject.image(1, 30, 90)]}
+    together, alone = subject.batch([small, large], side="right"), subject.batch([small])
+    length = alone["input_ids"].shape[1]
+    subject.close(subject.logits(together)[0, :length], subject.logits(alone)[0], "the small image")
+
+
+@pytest.mark.parametrize("only", ["ragged batch", "beams", "interleaved", "encoded images", "wrong counts"])
+def test_the_contract_holds_with_tiles_and_neighbours(only):
+    subject = subject_of(max_tiles=4, hidden_stride=2)
+    check_vlm(subject.model, subject.processor, only=only).raise_if_failed()
+
+
+def test_tiles_without_sizes_are_refused_with_the_cause():
+    subject = subject_of(max_tiles=4)
+    batch = subject.batch([{"text": "<image>", "images": [subject.image(0, 40, 90)]}])
+    with pytest.raises(ValueError, match=r"image_sizes \[I, 2\]; got .* and None"):
+        subject.model(**{name: value for name, value in batch.items() if name != "image_sizes"})
+    with pytest.raises(ValueError, match="differ in max_tiles"):
+        subject.model(**{**batch, "pixel_values": batch["pixel_values"][:, :1]})
+
+
+def test_tiles_for_a_model_without_them_are_refused():
+    with pytest.raises(ValueError, match="no max_tiles"):
+        tiny_model("zoo_vet").get_image_features(torch.zeros(1, 3, 3, 32, 32))
+
+
+def test_a_blank_image_stands_in_for_tiles():
+    model = tiny_model("zoo_vet", max_tiles=4)
+    (features,) = model.get_image_features(**model.model.dummy_vision_inputs()).pooler_output
+    assert len(features) == 19 and torch.isfinite(features).all()
+
+
+# --- words and towers ------------------------------------------------------------------------------------------------
+
+
+def test_words_are_read_out_best_first_image_by_image():
+    subject = subject_of(max_tiles=4)
+    rows = [{"text": "<image><image>", "images": [subject.image(0, 30, 30), subject.image(1, 30, 60)]}]
+    batch = subject.batch(rows)
+    small, large = subject.model.visual_words(batch["pixel_values"], image_sizes=batch["image_sizes"], top_k=3)
+    assert small.ids.shape == (16, 3) and large.ids.shape == (48, 3)
+    assert (small.probabilities.diff(dim=-1) <= 0).all() and small.probabilities.min() > 0
+
+
+def test_the_words_that_are_read_out_are_those_that_are_looked_up():
+    model = tiny_model("zoo_vet", tokenize_function="st_argmax", num_visual_indicators=0)
+    pixels = torch.randn(2, 3, 32, 32)
+    for words, features in zip(
+        model.visual_words(pixels), model.get_image_features(pixels).pooler_output, strict=True
+    ):
+        assert torch.equal(model.model.connector.table(words.ids[:, 0]), features)
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_any_tower_is_read_with_and_without_its_last_norm(vision, norm):
+    model = tiny_model("zoo_vet", vision=vision, tower_norm=norm).model
+    pixels = torch.randn(1, 3, 32, 32)
+    outputs, patches = model.see(pixels)
+    assert patches.shape == (1, 16, 32)
+    prefix = model.config.num_prefix_tokens
+    assert torch.equal(patches, (outputs.last_hidden_state if norm else outputs.hidden_states[-1])[:, prefix:])
+    model.connector(patches).sum().backward()
+    unused = [name for name, parameter in model.vision_tower.named_parameters() if parameter.grad is None]
+    assert not unused
+
+
+def test_the_last_norm_of_a_tower_is_built_where_it_is_used():
+    names = {
+        norm: dict(tiny_model("zoo_vet", vision="siglip", tower_norm=norm).named_parameters())
+        for norm in (False, True)
+    }
+    assert any("post_layernorm" in name for name in names[True])
+    assert not any("post_layernorm" in name for name in names[False])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_visual_indicators": 3}, "expected 5"),
+        ({"visual_vocab_size": 5}, "leaves no visual word"),
+        ({"tau": 0.0}, "tau must be above 0"),
+        ({"hidden_stride": 0}, "hidden_stride must be at least 1"),
+        ({"hidden_stride": 2, "vision_feature_select_strategy": "full"}, "without neighbours"),
+        ({"max_tiles": 0}, "max_tiles must be at least 1"),
+        ({"tower_norm": True, "vision_feature_layer": -2}, "expected -1"),
+    ],
+)
+def test_a_config_that_means_nothing_is_refused(fields, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        tiny_config("zoo_vet", **fields)
+
+
+def test_the_config_builds_without_arguments():
+    config = ZooVetConfig()
+    assert config.visual_vocab_size == 16384 and config.num_visual_words == 16379
+
+
+def test_adapters_train_the_head():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("zoo_vet")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["connector.head"], init_lora_weights=False))
+    adapted.get_image_features(torch.randn(1, 3, 32, 32)).pooler_output[0].sum().backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "lora" in name]
+    assert len(gradients) == 2 and all(gradient.abs().max() > 0 for gradient in gradients)
