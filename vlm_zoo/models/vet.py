@@ -63,7 +63,7 @@ class ZooVetConfig(ZooConfig):
         A token is the mean of all words, weighted by their probability; or the most probable word, with the gradient
         of that mean; or in training a sampled word, with that gradient.
     tau (`float`): temperature of `"gumbel_argmax"`.
-    head_layer_norm (`bool`): a layer norm over the scores of all words. Ovis 1 had none.
+    head_layer_norm (`bool`): a layer norm over the scores of all words; the paper's equation has none, its code has.
     head_layer_norm_eps (`float`): of it.
     tower_norm (`bool`):
         Features are the tower's `last_hidden_state`, which most towers norm, instead of a hidden state. Then
