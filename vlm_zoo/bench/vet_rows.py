@@ -130,7 +130,7 @@ def head_case(scale: Scale, function: str, training: bool) -> Case:
     )
 
 
-@row("visual_head", target=1.5, memory_target=0.4)
+@row("visual_head", target=1.5, memory_target=0.5)
 def visual_head(scale: Scale) -> Case:
     """One word a token: it is looked up, where the peer multiplies the table by ones and zeros."""
     return head_case(scale, "st_argmax", training=False)
@@ -142,13 +142,13 @@ def visual_head_softmax(scale: Scale) -> Case:
     return head_case(scale, "softmax", training=False)
 
 
-@row("visual_head_training", target=1.4, memory_target=0.7)
+@row("visual_head_training", target=1.4, memory_target=1.0)
 def visual_head_training(scale: Scale) -> Case:
     """One word a token, with the gradient of the mean of all."""
     return head_case(scale, "st_argmax", training=True)
 
 
-@row("visual_head_softmax_training", target=1.2, memory_target=0.8)
+@row("visual_head_softmax_training", target=1.1, memory_target=1.0)
 def visual_head_softmax_training(scale: Scale) -> Case:
     """The mean of all words, and its gradient."""
     return head_case(scale, "softmax", training=True)

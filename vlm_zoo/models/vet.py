@@ -39,8 +39,9 @@ from .parts_vlm import build_part, cut_tower, pair
 from .processing_vlm import ZooProcessor
 
 
-# What a chunk of tokens may have in probabilities, tokens times words. More tokens are embedded chunk by chunk, and in
-# training a chunk's probabilities are computed again instead of kept. 256 MiB in float32.
+# What a chunk of tokens may have in probabilities, tokens times words: 256 MiB in float32. More tokens are embedded chunk
+# by chunk, and in training a chunk's probabilities are computed again instead of kept. Where nothing is kept, chunks
+# are an eighth of that, which is as fast.
 CHUNK_ENTRIES = 2**26
 
 # Words whose scores are computed at once where rows are no multiple of a cache line; see `product`.
@@ -180,11 +181,15 @@ class _Product(torch.autograd.Function):
 
 
 class _Expectation(torch.autograd.Function):
-    """Probabilities `float[N, V]` and words `float[V, D]` to the mean of the words, `float[N, D]`."""
+    """
+    Probabilities `float[N, V]` of the first V rows of a table `float[R, D]` to their mean, `float[N, D]`.
+
+    The rows are cut here: the gradient of a slice is a second table.
+    """
 
     @staticmethod
-    def forward(probabilities: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        return probabilities @ words
+    def forward(probabilities: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return probabilities @ table[: probabilities.shape[1]]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -192,12 +197,16 @@ class _Expectation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        probabilities, words = ctx.saved_tensors
-        for_probabilities, for_words = ctx.needs_input_grad
-        return (
-            product(gradient, words) if for_probabilities else None,
-            probabilities.t() @ gradient if for_words else None,
-        )
+        probabilities, table = ctx.saved_tensors
+        for_probabilities = for_table = None
+        words = probabilities.shape[1]
+        if ctx.needs_input_grad[1]:
+            for_table = torch.empty_like(table)
+            torch.mm(probabilities.t(), gradient, out=for_table[:words])
+            for_table[words:] = 0.0
+        if ctx.needs_input_grad[0]:
+            for_probabilities = product(gradient, table[:words])
+        return for_probabilities, for_table
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -251,8 +260,9 @@ class VisualEmbeddingTable(nn.Embedding):
             raise ValueError(
                 f"Got probabilities of {words.shape[-1]} words, the table has {self.num_embeddings} rows."
             )
-        rows = self.weight[: words.shape[-1]]
-        return _Expectation.apply(words, rows) if is_ordinary(words.device) and words.ndim == 2 else words @ rows
+        if is_ordinary(words.device) and words.ndim == 2:
+            return _Expectation.apply(words, self.weight)
+        return words @ self.weight[: words.shape[-1]]
 
     def choose(self, probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The words `int[N]`, looked up, with the gradient of the mean under `float[N, V]`: `float[N, Dt]`."""
@@ -355,8 +365,9 @@ class VetConnector(nn.Module):
         return self.scores(groups).softmax(dim=-1)
 
     def chunks(self, groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tokens in as many parts as keep their probabilities within `CHUNK_ENTRIES`."""
-        return groups.split(max(1, CHUNK_ENTRIES // self.config.num_visual_words))
+        """The tokens in as many parts as keep their probabilities within what a chunk may have."""
+        entries = CHUNK_ENTRIES if torch.is_grad_enabled() else CHUNK_ENTRIES // 8
+        return groups.split(max(1, entries // self.config.num_visual_words))
 
     def embed(self, groups: torch.Tensor) -> torch.Tensor:
         """`float[n, D]`, the features of a token, to its embedding `float[n, Dt]`."""
