@@ -130,7 +130,7 @@ def head_case(scale: Scale, function: str, training: bool) -> Case:
     )
 
 
-@row("visual_head", target=1.5, memory_target=0.5)
+@row("visual_head", target=1.5, memory_target=0.25)
 def visual_head(scale: Scale) -> Case:
     """One word a token: it is looked up, where the peer multiplies the table by ones and zeros."""
     return head_case(scale, "st_argmax", training=False)

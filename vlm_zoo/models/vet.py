@@ -39,9 +39,9 @@ from .parts_vlm import build_part, cut_tower, pair
 from .processing_vlm import ZooProcessor
 
 
-# What a chunk of tokens may have in probabilities, tokens times words: 256 MiB in float32. More tokens are embedded chunk
-# by chunk, and in training a chunk's probabilities are computed again instead of kept. Where nothing is kept, chunks
-# are an eighth of that, which is as fast.
+# What a chunk of tokens may have in probabilities, tokens times words: 256 MiB in float32. More tokens are embedded
+# chunk by chunk, and in training a chunk's probabilities are computed again instead of kept. Where nothing is kept,
+# chunks are an eighth of that, which is as fast.
 CHUNK_ENTRIES = 2**26
 
 # Words whose scores are computed at once where rows are no multiple of a cache line; see `product`.
