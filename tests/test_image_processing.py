@@ -19,13 +19,12 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches, unpad_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
+from vlm_zoo.models.geometry_vlm import fitted_size, unpadded_grid
 from vlm_zoo.models.image_processing_vlm import (
     ImageError,
     ZooImageProcessor,
     ZooImageProcessorKwargs,
-    fitted_size,
     select_best_resolution,
-    unpadded_grid,
 )
 
 

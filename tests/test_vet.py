@@ -11,7 +11,8 @@ from torch import nn
 from transformers.image_utils import PILImageResampling
 
 from vlm_zoo.models import vet
-from vlm_zoo.models.image_processing_vlm import ZooImageProcessor, covering_grid
+from vlm_zoo.models.geometry_vlm import covering_grid
+from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 from vlm_zoo.models.vet import VisualEmbeddingTable, ZooVetConfig, join_neighbours, layout, product
 from vlm_zoo.testing import check_vlm, tiny_config, tiny_model, tiny_processor
 from vlm_zoo.testing.promises import Subject

@@ -7,8 +7,10 @@ One class serves every architecture. Its steps, in the order of the data:
     view       fixed size: the picture itself, padded to a square if asked
                AnyRes: the whole picture squashed to one tile, then the tiles of the resolution that fits best
                covering grid: the whole picture, then the tiles of the smallest grid that keeps its resolution
+               native resolution: the picture, or each frame of a clip
     fit        resize and centre crop, still uint8
-    normalise  one multiply-add in float32        ->  float[I, C, H, W], with tiles float[I, P, C, H, W]
+    normalise  one multiply-add in float32        ->  float[I, C, H, W], with tiles float[I, P, C, H, W];
+               at native resolution cut into patches first, while a pixel is a byte  ->  float[N, C * f * p * p]
 
 Resizing uint8 pixels in the memory order of decoded files ([H, W, C]) is several times faster than resizing floats or
 planes. Pictures are handled one by one: no result depends on its neighbours, and above 64 x 64 pixels a batch would be
@@ -17,11 +19,12 @@ two values of a million.
 
 AnyRes is LLaVA-NeXT's (https://llava-vl.github.io/blog/2024-01-30-llava-next), the padding to a square LLaVA-1.5's
 (https://huggingface.co/papers/2310.03744), the covering grid Ovis' (https://huggingface.co/papers/2405.20797, from
-version 1.6). Deviations from transformers' processors: EXIF orientation is applied to
-PIL pictures as it is to files; floats in [0, 1] are not divided by 255 a second time; 16-bit pictures are scaled to 8
-bits, not clipped; `crop_size` decides the tile only where there is a centre crop; None for an option means "as
-configured"; a covering grid has the rows and columns for which it was chosen, where transformers' Ovis2 cuts a grid of
-2 rows and 1 column into 1 row and 2 columns.
+version 1.6), native resolution Qwen2-VL's (https://huggingface.co/papers/2409.12191). Deviations from transformers'
+processors: EXIF orientation is applied to PIL pictures as it is to files; floats in [0, 1] are not divided by 255 a
+second time; 16-bit pictures are scaled to 8 bits, not clipped; `crop_size` decides the tile only where there is a
+centre crop; None for an option means "as configured"; a covering grid has the rows and columns for which it was
+chosen, where transformers' Ovis2 cuts a grid of 2 rows and 1 column into 1 row and 2 columns; at native resolution a
+still is one frame, not the same one `temporal_patch_size` times, unless a clip is in the batch.
 """
 
 import base64
@@ -29,6 +32,7 @@ import ctypes
 import itertools
 import math
 import os
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -38,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature, select_best_resolution
-from transformers.image_transforms import convert_to_rgb, get_size_with_aspect_ratio
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -46,94 +50,12 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    get_image_size_for_max_height_width,
     load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-
-class ImageError(ValueError):
-    """A picture that cannot be used: unreadable, out of bounds, or no picture at all."""
-
-
-# Geometry: pure functions of (height, width), `select_best_resolution(image_size, pinpoints)` among them
-
-
-def fitted_size(image_size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
-    """Returns the size, rounded up, at which a picture keeps its aspect ratio and just fits into `resolution`."""
-    (height, width), (max_height, max_width) = image_size, resolution
-    scale_height, scale_width = max_height / height, max_width / width
-    if scale_width < scale_height:
-        return min(math.ceil(height * scale_width), max_height), max_width
-    return max_height, min(math.ceil(width * scale_height), max_width)
-
-
-def unpadded_grid(image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """
-    Returns the (rows, columns) of a feature grid that remain when those that saw only padding are cut off.
-
-    As many are cut at one end as at the other, `(grid - kept) // 2`. A picture of (480, 640) on a grid of (48, 48)
-    keeps (36, 48), and row 6 is the first.
-    """
-    (height, width), (rows, columns) = image_size, grid
-    if width / height > columns / rows:
-        kept = int(round(height * (columns / width), 7))
-        return rows - (rows - kept) // 2 * 2, columns
-    kept = int(round(width * (rows / height), 7))
-    return rows, columns - (columns - kept) // 2 * 2
-
-
-def covering_grid(image_size: tuple[int, int], tile: int, max_tiles: int, enough: float = 0.9) -> tuple[int, int]:
-    """
-    Returns the (rows, columns) of the smallest grid whose tiles show enough of a picture at its own resolution.
-
-    A tile whose longer edge is above `tile` is shrunk to it, keeping its aspect ratio; what is left of the picture's
-    area is what the grid covers. Without a grid that covers enough it is the one that covers most.
-
-    Args:
-        image_size: (height, width) of the picture.
-        tile: edge of what the tower sees.
-        max_tiles: rows times columns at most.
-        enough: share of the area above which a grid is good.
-    """
-    height, width = image_size
-    grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
-    covered = {}
-    for grid in grids:
-        area = 0
-        for top, left, bottom, right in _regions(image_size, grid):
-            longer, shorter = max(right - left, bottom - top), min(right - left, bottom - top)
-            area += tile * (shorter / longer * tile) if longer > tile else longer * shorter
-        covered[grid] = area / (height * width)
-    good = [grid for grid in grids if covered[grid] > enough]
-    if good:
-        return min(good, key=lambda grid: (math.prod(grid), -covered[grid]))
-    return min(grids, key=lambda grid: (-covered[grid], math.prod(grid)))
-
-
-def _regions(image_size: tuple[int, int], grid: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Returns (top, left, bottom, right) of the tiles of a picture, row by row; the last ones take what remains."""
-    edges = []
-    for length, parts in zip(image_size, grid, strict=True):
-        starts = [length // parts * part for part in range(parts)]
-        edges.append(list(zip(starts, (*starts[1:], length), strict=True)))
-    return [(top, left, bottom, right) for (top, bottom), (left, right) in itertools.product(*edges)]
-
-
-def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
-    """Returns the (height, width) to which `size` resizes, with the rounding of transformers."""
-    if size.shortest_edge and size.longest_edge:
-        return get_size_with_aspect_ratio(image_size, size.shortest_edge, size.longest_edge)
-    if size.shortest_edge:
-        longer = int(size.shortest_edge * max(image_size) / min(image_size))
-        return (longer, size.shortest_edge) if image_size[1] <= image_size[0] else (size.shortest_edge, longer)
-    if size.max_height and size.max_width:
-        return get_image_size_for_max_height_width(image_size, size.max_height, size.max_width)
-    if size.height and size.width:
-        return size.height, size.width
-    raise ValueError(
-        f"size={size}, expected height and width, shortest_edge (and longest_edge), or max_height and max_width"
-    )
+from .geometry_vlm import ImageError, covering_grid, fitted_size, resized_size, smart_resize, tile_regions
+from .video_vlm import Clip
 
 
 # Reading: whatever it was -> uint8
@@ -306,6 +228,22 @@ def _letterbox(pixels: torch.Tensor, size: tuple[int, int], settings: dict[str, 
     return canvas
 
 
+def _patches(pixels: torch.Tensor, patch_size: int, merge_size: int) -> torch.Tensor:
+    """
+    Cuts uint8[1, C, H, W] into uint8[N, C, p * p]: blocks of merge_size x merge_size patches row by row, in each block
+    its patches row by row.
+    """
+    columns = pixels[0].unflatten(2, (-1, merge_size, patch_size))
+    blocks = columns.unflatten(1, (-1, merge_size, patch_size))  # [C, H', m, p, W', m, p]
+    ordered = blocks.permute(1, 4, 2, 5, 0, 3, 6).numpy()
+    # numpy copies runs of a few bytes in two thirds of torch's time
+    return torch.from_numpy(np.ascontiguousarray(ordered)).view(-1, pixels.shape[1], patch_size**2)
+
+
+def _pictures(image: ImageInput | Clip) -> Any:
+    return image.frames if isinstance(image, Clip) else [image]
+
+
 class ZooImageProcessorKwargs(ImagesKwargs, total=False):
     """
     image_grid_pinpoints (`list[list[int]]`, *optional*):
@@ -323,9 +261,27 @@ class ZooImageProcessorKwargs(ImagesKwargs, total=False):
     max_images (`int`, *optional*, defaults to 10000):
         How many pictures one call may bring.
     crop_to_patches (`bool`, *optional*):
-        Whether to return `num_patches` int[I] too: the number of views of each picture.
+        Whether to return `num_patches` int[I] too: the number of views of each picture, at native resolution its rows
+        in `pixel_values`.
     return_row_col_info (`bool`, *optional*):
-        Whether to return `image_rows` and `image_cols` int[I] too: the grid of tiles of each picture.
+        Whether to return `image_rows` and `image_cols` int[I] too: the grid of tiles of each picture. An error at
+        native resolution, where `image_grid_thw` says it.
+    merge_size (`int`, *optional*):
+        Turns native resolution on (Qwen-VL): the edge, in patches, of what becomes one visual token. None: off. There
+        is no centre crop then, and `size` is read as areas: `shortest_edge` is the least and `longest_edge` the most
+        pixels of a picture.
+    patch_size (`int`, *optional*):
+        Edge of a patch in pixels, for native resolution.
+    temporal_patch_size (`int`, *optional*, defaults to 1):
+        How many frames of a clip one patch spans. The last frame is repeated until the frames can be divided.
+    max_clip_pixels (`int`, *optional*):
+        How many pixels the frames of a clip may have together; [`smart_resize`] has the formula (Qwen3-VL's, in which
+        `shortest_edge` is the least of the whole clip too). No frame gets more than `longest_edge` for it, and a clip
+        of one frame is sized as a still. None: every frame has the size of a still (Qwen2-VL).
+    min_pixels (`int`, *optional*):
+        What some saved files call `shortest_edge` of `size`, into which it is folded.
+    max_pixels (`int`, *optional*):
+        What some saved files call `longest_edge` of `size`, into which it is folded.
     """
 
     image_grid_pinpoints: list[list[int] | tuple[int, int]] | None
@@ -336,16 +292,28 @@ class ZooImageProcessorKwargs(ImagesKwargs, total=False):
     max_images: int | None
     crop_to_patches: bool | None
     return_row_col_info: bool | None
+    merge_size: int | None
+    patch_size: int | None
+    temporal_patch_size: int | None
+    max_clip_pixels: int | None
+    min_pixels: int | None
+    max_pixels: int | None
 
 
 class ZooImageProcessor(BaseImageProcessor):
     """
-    Turns pictures into `pixel_values`, at one fixed size or as tiles.
+    Turns pictures into `pixel_values`, at one fixed size, as tiles, or in patches at native resolution.
 
     A fixed size gives `pixel_values` float[I, C, H, W]. `image_grid_pinpoints` or `max_tiles` give `pixel_values`
     float[I, P, C, H, W] (the whole picture, its tiles row by row and, if `do_pad`, zeros up to the picture with the
     most) and `image_sizes` int[I, 2], the (height, width) of each upright picture. Without `return_tensors` both are
     lists. `device` says where the result goes; the work is done on the CPU, so that pixels do not depend on it.
+
+    `merge_size` gives `pixel_values` float[N, C * f * p * p], the patches of all pictures one after the other, and
+    `image_grid_thw` int[I, 3], their number along time, height and width. Within a picture the rows are in the order
+    (t, h / merge, w / merge, merge_h, merge_w), within a row the values in the order (c, f, p_h, p_w). Here, and only
+    here, a picture may be a [`Clip`]: then f is `temporal_patch_size`, and stills in the same batch are repeated so
+    often. In a batch of stills alone f is 1. Both are tensors, whatever `return_tensors` says.
 
     Raises [`ImageError`] with the index of the picture and the cause.
     """
@@ -371,6 +339,10 @@ class ZooImageProcessor(BaseImageProcessor):
     do_exif_transpose = True
     max_image_pixels = 178_956_970
     max_images = 10_000
+    merge_size = None
+    patch_size = None
+    temporal_patch_size = 1
+    max_clip_pixels = None
 
     def __init__(self, **kwargs: Unpack[ZooImageProcessorKwargs]):
         kwargs.pop("model_input_names", None)  # some saved files have it; here the tiles decide
@@ -385,6 +357,8 @@ class ZooImageProcessor(BaseImageProcessor):
     @property
     def model_input_names(self) -> list[str]:
         """The keys that a call returns."""
+        if self.merge_size is not None:
+            return ["pixel_values", "image_grid_thw"]
         return ["pixel_values", "image_sizes"] if self.use_thumbnail else ["pixel_values"]
 
     @property
@@ -397,6 +371,8 @@ class ZooImageProcessor(BaseImageProcessor):
     def processed_size(self, height: int, width: int, **images_kwargs) -> tuple[int, int]:
         """Returns the (height, width) at which the tower sees a picture of this size, or each of its tiles."""
         settings = self._settings(images_kwargs)
+        if settings["merge_size"] is not None:
+            return self._native_size((height, width), 1, settings)
         if settings["max_tiles"]:
             return self._tiling(settings)[0]
         if settings["image_grid_pinpoints"]:
@@ -427,6 +403,22 @@ class ZooImageProcessor(BaseImageProcessor):
             return 1
         return 1 + math.prod(grid)
 
+    def patch_grid(self, height: int, width: int, frames: int = 1, **images_kwargs) -> tuple[int, int, int]:
+        """Returns the patches along (time, height, width) of a still, or of a clip of frames of this size."""
+        settings = self._settings(images_kwargs)
+        if settings["merge_size"] is None or frames < 1:
+            raise ValueError(
+                f"patch_grid of {frames} frames with merge_size={settings['merge_size']}, expected at least one frame"
+                " and native resolution (merge_size=2, say)"
+            )
+        height, width = self._native_size((height, width), frames, settings)
+        times = math.ceil(frames / settings["temporal_patch_size"])
+        return times, height // settings["patch_size"], width // settings["patch_size"]
+
+    def num_patches(self, height: int, width: int, frames: int = 1, **images_kwargs) -> int:
+        """Returns how many rows of `pixel_values` a still, or a clip of frames of this size, becomes."""
+        return math.prod(self.patch_grid(height, width, frames, **images_kwargs))
+
     # Options
 
     def _settings(self, images_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -434,7 +426,13 @@ class ZooImageProcessor(BaseImageProcessor):
         settings |= {name: value for name, value in images_kwargs.items() if value is not None}
         return self._standardize_kwargs(**settings)
 
-    def _standardize_kwargs(self, image_grid_pinpoints: list | None = None, **kwargs) -> dict[str, Any]:
+    def _standardize_kwargs(
+        self,
+        image_grid_pinpoints: list | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
         kwargs = super()._standardize_kwargs(**kwargs)
         crop_size = kwargs["crop_size"]
         if crop_size is not None and not (crop_size.height and crop_size.width):
@@ -451,7 +449,63 @@ class ZooImageProcessor(BaseImageProcessor):
                 f"max_tiles={max_tiles} with image_grid_pinpoints={pinpoints or None}, expected one of them, and "
                 "max_tiles at least 1"
             )
-        return {**kwargs, "image_grid_pinpoints": pinpoints or None}
+        kwargs |= {"image_grid_pinpoints": pinpoints or None, "min_pixels": None, "max_pixels": None}
+        return {**kwargs, **self._native_kwargs(kwargs, min_pixels, max_pixels)}
+
+    @staticmethod
+    def _native_kwargs(kwargs: dict[str, Any], min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
+        """Returns what native resolution makes of the options, nothing where it is off."""
+        merge_size, size = kwargs["merge_size"], kwargs["size"] or SizeDict()
+        names = "patch_size", "temporal_patch_size", "max_clip_pixels"
+        numbers = {name: kwargs[name] for name in names} | {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        if merge_size is None:
+            default = {"temporal_patch_size": 1}
+            alone = [f"{name}={value}" for name, value in numbers.items() if value not in (None, default.get(name))]
+            if alone:
+                raise ValueError(f"{', '.join(alone)} without merge_size, with which native resolution begins")
+            return {}
+        for name in ("image_grid_pinpoints", "max_tiles", "do_pad_to_square", "return_row_col_info"):
+            if kwargs[name]:
+                raise ValueError(
+                    f"{name}={kwargs[name]} with merge_size={merge_size}, expected one of them: at native resolution"
+                    " there are no tiles and no padding"
+                )
+        if min(merge_size, numbers["patch_size"] or 0, numbers["temporal_patch_size"] or 0) < 1:
+            raise ValueError(
+                f"patch_size={numbers['patch_size']} and temporal_patch_size={numbers['temporal_patch_size']} with"
+                f" merge_size={merge_size}, expected all three, at least 1"
+            )
+        if numbers["max_clip_pixels"] is not None and numbers["max_clip_pixels"] < 1:
+            raise ValueError(f"max_clip_pixels={numbers['max_clip_pixels']}, expected at least 1, or None")
+        is_area = size.longest_edge is not None  # {"shortest_edge": 224} is an edge
+        least, most = (size.shortest_edge, size.longest_edge) if is_area else (size.min_pixels, size.max_pixels)
+        least, most = least if min_pixels is None else min_pixels, most if max_pixels is None else max_pixels
+        if not least or not most or not 1 <= least <= most:
+            raise ValueError(
+                f"size={dict(size)}, min_pixels={min_pixels} and max_pixels={max_pixels} with merge_size={merge_size}:"
+                " native resolution needs the least and the most pixels of a picture, size with shortest_edge and"
+                " longest_edge as areas"
+            )
+        return {"size": SizeDict(shortest_edge=least, longest_edge=most), "do_center_crop": False}
+
+    @staticmethod
+    def _native_size(image_size: tuple[int, int], frames: int, settings: dict[str, Any]) -> tuple[int, int]:
+        """Returns the (height, width) to which a still, or each frame of a clip, is resized."""
+        factor, size = settings["patch_size"] * settings["merge_size"], settings["size"]
+        if not settings["do_resize"]:
+            if image_size[0] % factor or image_size[1] % factor:
+                raise ImageError(
+                    f"has {image_size[0]} x {image_size[1]} pixels, but without do_resize both must be multiples of"
+                    f" {factor} (patch_size x merge_size)"
+                )
+            return image_size
+        budget = settings["max_clip_pixels"]
+        if frames > 1 and budget is not None:
+            bounds = size.shortest_edge, budget, frames, settings["temporal_patch_size"]
+            in_clip = smart_resize(image_size, factor, *bounds)
+            if math.prod(in_clip) <= size.longest_edge:
+                return in_clip
+        return smart_resize(image_size, factor, size.shortest_edge, size.longest_edge)
 
     @staticmethod
     def _tiling(settings: dict[str, Any]) -> tuple[tuple[int, int], int]:
@@ -475,25 +529,32 @@ class ZooImageProcessor(BaseImageProcessor):
         def fetch(item):
             if isinstance(item, list | tuple):
                 return [[] if entry is None else fetch(entry) for entry in item]
-            index = next(indices)
-            if isinstance(item, str | os.PathLike):
-                try:
-                    return _open(item)
-                except Exception as error:  # Pillow's plugins raise all sorts of errors
-                    raise ImageError(
-                        f"image {index} could not be opened, {str(item)[:80]!r} is no file, URL or base64 string of a"
-                        f" picture ({type(error).__name__}: {str(error)[:200]})"
-                    ) from error
-            if not isinstance(item, PIL.Image.Image | np.ndarray | torch.Tensor):
-                raise ImageError(
-                    f"image {index} is of type {type(item).__name__}, expected a PIL picture, an array, a tensor, a"
-                    " path, a URL or lists of them"
-                )
-            if not isinstance(item, PIL.Image.Image) and item.ndim == 2:
-                return item[..., None] if isinstance(item, np.ndarray) else item[None]
-            return item
+            name = f"image {next(indices)}"
+            if not isinstance(item, Clip):
+                return self._fetch_picture(item, name)
+            frames = enumerate(self._prepare_images_structure(item.frames))
+            return replace(item, frames=[self._fetch_picture(frame, f"{name} frame {at}") for at, frame in frames])
 
         return fetch(image_url_or_urls)
+
+    @staticmethod
+    def _fetch_picture(item, name: str) -> PIL.Image.Image | np.ndarray | torch.Tensor:
+        if isinstance(item, str | os.PathLike):
+            try:
+                return _open(item)
+            except Exception as error:  # Pillow's plugins raise all sorts of errors
+                raise ImageError(
+                    f"{name} could not be opened, {str(item)[:80]!r} is no file, URL or base64 string of a"
+                    f" picture ({type(error).__name__}: {str(error)[:200]})"
+                ) from error
+        if not isinstance(item, PIL.Image.Image | np.ndarray | torch.Tensor):
+            raise ImageError(
+                f"{name} is of type {type(item).__name__}, expected a PIL picture, an array, a tensor, a path, a URL"
+                " or lists of them"
+            )
+        if not isinstance(item, PIL.Image.Image) and item.ndim == 2:
+            return item[..., None] if isinstance(item, np.ndarray) else item[None]
+        return item
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
         if images is None:
@@ -562,6 +623,25 @@ class ZooImageProcessor(BaseImageProcessor):
         if bound is not None and math.prod(size) > bound:
             raise ImageError(f"{verb} {size[0]} x {size[1]} pixels, more than max_image_pixels={bound}")
 
+    def _read_frames(self, image: ImageInput | Clip, settings: dict[str, Any]) -> list[tuple[torch.Tensor, float]]:
+        """Reads a still or the frames of a clip; returns of each, resized, the channels that count and its levels."""
+        pictures, frames, first = _pictures(image), [], None
+        if len(pictures) == 0:
+            raise ImageError("is a clip without frames")
+        for at, picture in enumerate(pictures):
+            try:
+                pixels, channels, levels = self._read(picture, settings)
+                shape = channels, *pixels.shape[2:]
+                if first is None:
+                    first, size = shape, self._native_size(shape[1:], len(pictures), settings)
+                    self._check_size(size, settings, "would be resized to")
+                elif shape != first:
+                    raise ImageError(f"has the shape {shape} ([C, H, W]), expected that of the first frame, {first}")
+            except ImageError as error:
+                raise ImageError(f"frame {at} {error}" if isinstance(image, Clip) else str(error)) from error.__cause__
+            frames.append((_resize(pixels, size, settings["resample"])[:, :channels], levels))
+        return frames
+
     # View and fit
 
     def _view(self, pixels: torch.Tensor, settings: dict[str, Any]) -> list[torch.Tensor]:
@@ -593,7 +673,7 @@ class ZooImageProcessor(BaseImageProcessor):
         image_size, (whole, tile) = tuple(pixels.shape[-2:]), self._tiling(settings)
         grid = covering_grid(image_size, tile, settings["max_tiles"])
         if settings["do_pad_to_square"]:
-            regions = _regions(image_size, grid) if grid != (1, 1) else []
+            regions = tile_regions(image_size, grid) if grid != (1, 1) else []
             crops = [pixels[..., top:bottom, left:right] for top, left, bottom, right in regions]
             return [_letterbox(view, whole, settings) for view in (pixels, *crops)]
         views = [_resize(pixels, whole, settings["resample"])]
@@ -655,11 +735,21 @@ class ZooImageProcessor(BaseImageProcessor):
         images = self._prepare_images_structure(images)
         if not images:
             raise ImageError("no images were given: leave images out for text alone")
-        if settings["max_images"] is not None and len(images) > settings["max_images"]:
-            raise ImageError(f"{len(images)} images were given, more than max_images={settings['max_images']}")
+        count = sum(len(self._prepare_images_structure(_pictures(image))) for image in images)
+        if settings["max_images"] is not None and count > settings["max_images"]:
+            raise ImageError(f"{count} images were given, more than max_images={settings['max_images']}")
+        images = self.fetch_images(images)
+        data = self._fixed(images, settings) if settings["merge_size"] is None else self._native(images, settings)
+        batch = BatchFeature(data, tensor_type=settings["return_tensors"])
+        return batch if settings["device"] is None else batch.to(settings["device"])
+
+    def _fixed(self, images: list, settings: dict[str, Any]) -> dict[str, Any]:
+        """Returns what a call returns at one fixed size or as tiles."""
         views, levels, sizes = [], [], []
-        for index, image in enumerate(self.fetch_images(images)):
+        for index, image in enumerate(images):
             try:
+                if isinstance(image, Clip):
+                    raise ImageError("is a clip, which only native resolution can take: merge_size is None")
                 pixels, channels, levels_per_unit = self._read(image, settings)
                 views.append([view[:, :channels] for view in self._view(pixels, settings)])
             except ImageError as error:
@@ -678,5 +768,40 @@ class ZooImageProcessor(BaseImageProcessor):
         if settings["return_row_col_info"]:
             grids = [self.tile_grid(*size, **settings) or (1, 1) for size in sizes]
             data["image_rows"], data["image_cols"] = map(list, zip(*grids, strict=True))
-        batch = BatchFeature(data, tensor_type=settings["return_tensors"])
-        return batch if settings["device"] is None else batch.to(settings["device"])
+        return data
+
+    def _native(self, images: list, settings: dict[str, Any]) -> dict[str, Any]:
+        """Returns what a call returns at native resolution."""
+        patch_size, merge_size = settings["patch_size"], settings["merge_size"]
+        taps = settings["temporal_patch_size"] if any(isinstance(image, Clip) for image in images) else 1
+        clips = []  # a still is a clip of one frame
+        for index, image in enumerate(images):
+            try:
+                frames = self._read_frames(image, settings)
+            except ImageError as error:
+                raise ImageError(f"image {index} {error}") from error.__cause__
+            clips.append(frames + frames[-1:] * (-len(frames) % taps))
+        channels = {frames[0][0].shape[1] for frames in clips}
+        if len(channels) > 1:
+            raise ImageError(
+                f"images end with {sorted(channels)} channels and cannot be one tensor: set do_convert_rgb"
+            )
+        sizes = [frames[0][0].shape[2:] for frames in clips]
+        grids = [
+            [len(frames) // taps, height // patch_size, width // patch_size]
+            for frames, (height, width) in zip(clips, sizes, strict=True)
+        ]
+        counts = [math.prod(grid) for grid in grids]
+        pixel_values = torch.empty(sum(counts), *channels, taps, patch_size**2)
+        for rows, grid, frames in zip(pixel_values.split(counts), grids, clips, strict=True):
+            for at, moment in enumerate(rows.chunk(grid[0])):
+                shown = frames[at * taps : (at + 1) * taps]
+                moment.copy_(torch.stack([_patches(pixels, patch_size, merge_size) for pixels, _ in shown], dim=2))
+                factors = [self._scale_and_shift(settings, levels) for _, levels in shown]
+                scale, shift = (torch.cat(factor, dim=1) for factor in zip(*factors, strict=True))  # [C, f, 1]
+                moment.mul_(scale).add_(shift)
+        # Tensors, asked for or not: the patches of all images are one array
+        data = {"pixel_values": pixel_values.flatten(1), "image_grid_thw": torch.tensor(grids)}
+        if settings["crop_to_patches"]:
+            data["num_patches"] = counts
+        return data

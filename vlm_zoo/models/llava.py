@@ -22,11 +22,12 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
-from .image_processing_vlm import select_best_resolution, unpadded_grid
+from .geometry_vlm import unpadded_grid
 from .modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .processing_vlm import ZooProcessor
 

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
-from .image_processing_vlm import covering_grid
+from .geometry_vlm import covering_grid
 from .modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .parts_vlm import build_part, cut_tower, pair
 from .processing_vlm import ZooProcessor
