@@ -245,6 +245,7 @@ def test_the_folder_holds_what_a_hub_repository_needs(parts):
         "config.json",
         "configuration_vlm.py",
         "generation_config.json",
+        "geometry_vlm.py",
         "image_processing_vlm.py",
         "llava.py",
         "model.safetensors",
@@ -254,6 +255,7 @@ def test_the_folder_holds_what_a_hub_repository_needs(parts):
         "processor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        "video_vlm.py",
     }
 
 
@@ -618,7 +620,7 @@ def test_a_language_model_must_be_a_decoder(parts, tmp_path, config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Siglip2Config(), "NaFlex SigLIP 2.*expected one that takes images of one size"),
+        (Siglip2Config(), "patches of images of any size.*expected one that takes images of one size"),
         (ConvNextConfig(), "has no hidden_size"),
         (
             SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4),

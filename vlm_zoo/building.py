@@ -58,6 +58,7 @@ from transformers.image_utils import (
 from .chat_templates import ChatTemplateError, find_template, response_tokens
 from .models.configuration_vlm import NO_DECODER
 from .models.modeling_vlm import VISION_INPUTS
+from .models.native_vlm import is_native
 from .models.parts_vlm import measure_tower, part_class
 from .models.processing_vlm import ZooProcessor
 from .registry import ZOO, ZooEntry
@@ -88,6 +89,10 @@ _PIXEL_STATISTICS = {
     "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov3_vit": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "siglip2_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "qwen2_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen2_5_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen3_vl_vision": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
 }
 
 
@@ -143,7 +148,7 @@ def build(
     vision, language = os.fspath(vision), os.fspath(language)
 
     whole_vision_config = _read_config(vision, "vision tower")
-    vision_config, num_prefix_tokens = _vision_config(vision, whole_vision_config)
+    vision_config, num_prefix_tokens = _vision_config(entry, vision, whole_vision_config)
     text_config = _text_config(language, _read_config(language, "language model"))
     tokenizer = _load_tokenizer(language, image_token, trust_remote_code)
     template, end_of_turn = _chat_template(tokenizer, image_token, chat_template, language)
@@ -257,14 +262,17 @@ def _read_config(source: str, role: str) -> PreTrainedConfig:
     return config
 
 
-def _vision_config(source: str, config: PreTrainedConfig) -> tuple[PreTrainedConfig, int]:
+def _vision_config(entry: ZooEntry, source: str, config: PreTrainedConfig) -> tuple[PreTrainedConfig, int]:
     """The config of the tower, and how many prefix tokens it puts before its patches."""
     tower = getattr(config, "vision_config", None) or config
     kind = f"'{source}' ({tower.model_type})"
-    if tower.model_type in ("siglip2", "siglip2_vision_model"):
+    if is_native(tower):
+        if entry.config.takes_native_towers:
+            return tower, 0
         raise BuildError(
-            f"The vision tower {kind} is a NaFlex SigLIP 2, which takes sequences of patches; expected one that takes "
-            "images of one size. SigLIP 2's fixed-size checkpoints, of type siglip, can be used."
+            f"The vision tower {kind} takes patches of images of any size; expected one that takes images of one "
+            f"size, as {entry.name} does. Choose an architecture of native resolution, such as mrope, or another "
+            "tower; SigLIP 2 has checkpoints of one size, of type siglip."
         )
     if not hasattr(tower, "patch_size"):
         what = "a language model" if hasattr(tower, "vocab_size") else "not a vision transformer"

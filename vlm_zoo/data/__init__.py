@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 
-DATASETS = ("emoji_tiles", "emoji_pages", "emoji_preference")
+DATASETS = ("emoji_tiles", "emoji_pages", "emoji_preference", "emoji_video")
 
 
 def path(name: str) -> Path:

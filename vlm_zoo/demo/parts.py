@@ -73,7 +73,7 @@ def enlarge(source: Path, image_size: int, target: Path) -> Path:
         for name, table in tile_positions(model, image_size // old).items():
             state[name] = table
         larger.load_state_dict(state)
-        processor.image_processor.size = {"height": image_size, "width": image_size}
+        processor.image_processor.size = type(processor).image_fields_from(larger.config)["size"]
         processor.image_processor = type(processor.image_processor).from_dict(processor.image_processor.to_dict())
         with writing_folder(target) as path:
             larger.save_pretrained(path)

@@ -54,6 +54,7 @@ class ZooConfig(PreTrainedConfig):
     """
 
     _auto_class = "AutoConfig"
+    takes_native_towers = False  # those that take patches of images of any size, not pictures of one size
     keys_to_ignore_at_inference = ["past_key_values", "carry"]  # what an evaluation loop must not gather
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(

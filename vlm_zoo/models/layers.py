@@ -1,7 +1,13 @@
 """Modules and functions that two architectures share."""
 
+from functools import partial
+
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .parts_vlm import find_layers
 
 
 def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -40,3 +46,36 @@ def attend(
     else:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
+
+
+def enter_layers(language_model: PreTrainedModel, name: str, places: dict[int, int]) -> None:
+    """
+    Lets something happen to the hidden states in front of layers of a decoder.
+
+    The decoder is called with one keyword argument more, which it hands on to its layers; there it is taken out, and
+    its method `enter(position, hidden_states)` gives the states `float[B, T, Dt]` with which the layer goes on.
+    Nothing is kept on a module, so calls cannot disturb each other, and the layers keep their names.
+
+    Args:
+        language_model: a decoder.
+        name: of the keyword argument.
+        places: the layers in front of which something happens, and the `position` that each is called with.
+    """
+    holder, layers = find_layers(language_model)
+    for index, layer in enumerate(getattr(holder, layers)):
+        layer.register_forward_pre_hook(partial(_enter_layer, name, places.get(index)), with_kwargs=True)
+
+
+def _enter_layer(name: str, position: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if name not in kwargs:
+        raise ValueError(
+            f"{type(layer).__name__} was called without {name}. Call the vision-language model instead of its "
+            "language model; if you did, this decoder does not hand keyword arguments on to its layers and cannot be "
+            "the language model of this architecture."
+        )
+    carried = kwargs.pop(name)
+    if position is None:
+        return args, kwargs
+    if args:
+        return (carried.enter(position, args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": carried.enter(position, kwargs["hidden_states"])}

@@ -62,6 +62,17 @@ PARTS = {
 
 
 @dataclass
+class ZooImageOutput(BaseModelOutputWithPooling):
+    """
+    Output of `get_image_features` where fusion must know more of the images than their features.
+
+    vision_inputs: some of `VISION_INPUTS`, one row an image, which a forward with `mm_encoder_outputs` goes on with.
+    """
+
+    vision_inputs: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
 class ZooModelOutputWithPast(BaseModelOutputWithPast):
     """
     Output of a base model.
@@ -314,14 +325,18 @@ class ZooModel(ZooPreTrainedModel):
         if not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = layers
         kwargs["return_dict"] = True
-        needs_graph = pixel_values.requires_grad or any(p.requires_grad for p in tower.parameters())
-        with torch.set_grad_enabled(needs_graph and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.tower_needs_graph(pixel_values)):
             outputs = tower(pixel_values, **kwargs)
         features = [outputs.hidden_states[layer] for layer in layers]
         features = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, self.config.num_prefix_tokens :]
         return outputs, features
+
+    def tower_needs_graph(self, pixel_values: torch.Tensor) -> bool:
+        """Whether anything will ask for gradients of the tower."""
+        wanted = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        return wanted and torch.is_grad_enabled()
 
     def check_pixels(self, pixel_values: torch.Tensor) -> None:
         """Raises `ValueError` unless these are images of the size that a fixed-size tower was made for."""
@@ -518,7 +533,7 @@ class ZooModel(ZooPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             mm_token_type_ids=mm_token_type_ids,
-            vision_inputs=vision_inputs,
+            vision_inputs=vision_inputs or encoded_inputs(mm_encoder_outputs),
             query_inputs=query_inputs,
             carry=carry,
         )
@@ -758,15 +773,18 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         features = list(encoded.pooler_output)
         mask = self.model.placeholder_mask(input_ids, inputs_embeds)
         self.model.check_placeholders(mask, features)
-        expanded, start = [], 0
+        images, start = [], 0  # the numbers of the images, row by row
         for wanted in mask.sum(dim=1).tolist():
             end, found = start, 0
             while found < wanted:
                 found += self.model.placeholders_of(features[end])
                 end += 1
-            expanded += features[start:end] * expand_size
+            images += [*range(start, end)] * expand_size
             start = end
-        return {**mm_encoder_output, "image": type(encoded)(**{**encoded, "pooler_output": expanded})}
+        expanded = {"pooler_output": [features[image] for image in images]}
+        if inputs := encoded_inputs(mm_encoder_output):
+            expanded["vision_inputs"] = {name: value[images] for name, value in inputs.items()}
+        return {**mm_encoder_output, "image": type(encoded)(**{**encoded, **expanded})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -778,6 +796,12 @@ def holds_images(inputs: dict[str, Any]) -> bool:
     """Whether keyword arguments of a forward hold images, as pixels or encoded."""
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
     return encoded is not None or any(inputs.get(name) is not None for name in VISION_INPUTS)
+
+
+def encoded_inputs(mm_encoder_outputs: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+    """What encoded images bring along for fusion; see `ZooImageOutput`."""
+    encoded = (mm_encoder_outputs or {}).get("image")
+    return {} if encoded is None else encoded.get("vision_inputs") or {}
 
 
 def check_parts(parts: list[str]) -> None:

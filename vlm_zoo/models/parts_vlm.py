@@ -19,10 +19,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 
 # Towers that AutoModel does not know, by the class of their config.
-_WITHOUT_AUTO_ENTRY = {model.config_class: model for model in (Blip2VisionModel, InstructBlipVisionModel)}
+_WITHOUT_AUTO_ENTRY = {
+    model.config_class: model
+    for model in (Blip2VisionModel, InstructBlipVisionModel, Qwen2VisionTransformerPretrainedModel)
+}
 
 # Some towers of transformers were only ever loaded: their own initialiser is too narrow to learn from.
 _NARROWEST_INITIALIZER = 1e-6
@@ -37,6 +41,12 @@ def pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 def part_class(config: PreTrainedConfig) -> type | None:
     """The class whose `from_pretrained` opens a tower or a decoder with this config, `None` when there is none."""
     return AutoModel if type(config) in MODEL_MAPPING else _WITHOUT_AUTO_ENTRY.get(type(config))
+
+
+def tower_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of a tower or a decoder with this config, `None` when there is none."""
+    found = _WITHOUT_AUTO_ENTRY.get(type(config)) or MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def build_part(config: PreTrainedConfig, role: str) -> PreTrainedModel:

@@ -44,6 +44,34 @@ TINY_VISION = {
     },
 }
 
+_NATIVE = {"hidden_size": 32, "num_heads": 4, "depth": 2, "patch_size": PATCH_SIZE, "initializer_range": 0.1}
+TINY_NATIVE_VISION = {
+    "qwen2_vl": {"model_type": "qwen2_vl_vision", "embed_dim": 32, "mlp_ratio": 2, **_NATIVE},
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl_vision",
+        "intermediate_size": 64,
+        "window_size": 4 * PATCH_SIZE,
+        "fullatt_block_indexes": [1],
+        **_NATIVE,
+    },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl_vision",
+        "intermediate_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [],
+        **_NATIVE,
+    },
+    "siglip2": {
+        "model_type": "siglip2_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": PATCH_SIZE,
+        "num_patches": 16,
+    },
+}
+
 _DECODER = {
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -59,6 +87,7 @@ _DECODER = {
 TINY_TEXT = {
     "llama": {"model_type": "llama", **_DECODER},
     "qwen3": {"model_type": "qwen3", "head_dim": 12, **_DECODER},
+    "mistral": {"model_type": "mistral", "sliding_window": 32, **_DECODER},
     "gemma3": {
         "model_type": "gemma3_text",
         "head_dim": 12,
@@ -120,20 +149,22 @@ def tiny_config(model_type: str, vision: str = "clip", text: str = "llama", **ov
 
     Args:
         model_type: a key of `vlm_zoo.ZOO`, with or without its `zoo_`.
-        vision, text: keys of `TINY_VISION` and `TINY_TEXT`.
+        vision: a key of `TINY_VISION` or, for architectures of native resolution, `TINY_NATIVE_VISION`.
+        text: a key of `TINY_TEXT`.
         overrides: fields of the config.
     """
     entry = _entry(model_type)
     tokenizer = tiny_tokenizer()
+    tower = {**TINY_VISION, **TINY_NATIVE_VISION}[vision]
     fields = {
-        "vision_config": dict(TINY_VISION[vision]),
+        "vision_config": dict(tower),
         "text_config": dict(TINY_TEXT[text]),
         "image_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         "response_token_ids": response_tokens(tokenizer, plain_template(IMAGE_TOKEN)),
         "vision_feature_layer": -1,
-        "num_prefix_tokens": 0 if vision == "siglip" else 1,
+        "num_prefix_tokens": 1 if vision in ("clip", "dinov2") else 0,
     }
-    return entry.config(**{**fields, **entry.config.small_fields(TINY_VISION[vision]["hidden_size"]), **overrides})
+    return entry.config(**{**fields, **entry.config.small_fields(tower["hidden_size"]), **overrides})
 
 
 def tiny_processor(model_type: str, config: PreTrainedConfig | None = None) -> ZooProcessor:
