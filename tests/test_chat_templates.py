@@ -182,8 +182,8 @@ def test_content_may_come_in_many_forms(content, expected):
 
 
 def test_content_of_an_unknown_type_is_refused_by_name():
-    with pytest.raises(Exception, match="Content of type video: expected image or text"):
-        render(tiny_tokenizer(), plain_template("<image>"), [user([{"type": "video"}])])
+    with pytest.raises(Exception, match="Content of type audio: expected image, video or text"):
+        render(tiny_tokenizer(), plain_template("<image>"), [user([{"type": "audio"}])])
 
 
 def test_the_image_token_may_hold_quotes_and_backslashes():

@@ -1,9 +1,9 @@
 """Chat templates: the zoo's plain one, and the extension of a language model's own to image content.
 
-A template of the zoo accepts a message's content as text or as a list of `{"type": "image"}` and `{"type": "text"}` in
-every role, and wraps what the assistant says, its end-of-turn token included, in `{% generation %}`: with it
-`assistant_only_loss` is exact. The text of a conversation without images is, to the letter, what the template that it
-extends makes of it.
+A template of the zoo accepts a message's content as text or as a list of `{"type": "image"}`, `{"type": "video"}` and
+`{"type": "text"}` in every role, and wraps what the assistant says, its end-of-turn token included, in
+`{% generation %}`: with it `assistant_only_loss` is exact. The text of a conversation of words alone is, to the
+letter, what the template that it extends makes of it.
 
     prelude     messages whose content is a list    ->  the same messages, their content a string
     own         those messages                      ->  text: the language model's template, unchanged
@@ -20,11 +20,14 @@ import re
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .models.video_vlm import video_marker
+
 
 logger = logging.getLogger(__name__)
 
-# Turns content that is a list into a string, an image into its token and a line break; whatever else a message holds
-# (tool calls, reasoning) stays. Tool results may be lists of anything; those are the language model's own business.
+# Turns content that is a list into a string, an image or video into its token and a line break; whatever else a
+# message holds (tool calls, reasoning) stays. Tool results may be lists of anything; those are the language model's
+# own business.
 _PRELUDE = """\
 {%- set zoo = namespace(messages=[], text='', keep=true, full='', end=0, asked=false) %}
 {%- for message in messages %}
@@ -38,12 +41,14 @@ _PRELUDE = """\
                 {%- set zoo.text = zoo.text ~ item %}
             {%- elif item.type in ('image', 'image_url') or item.type is not defined and 'image' in item %}
                 {%- set zoo.text = zoo.text ~ IMAGE_TOKEN ~ '\\n' %}
+            {%- elif item.type == 'video' or item.type is not defined and 'video' in item %}
+                {%- set zoo.text = zoo.text ~ VIDEO_TOKEN ~ '\\n' %}
             {%- elif item.type == 'text' or item.type is not defined and 'text' in item %}
                 {%- set zoo.text = zoo.text ~ (item.text or '') %}
             {%- elif message.role == 'tool' %}
                 {%- set zoo.keep = true %}
             {%- else %}
-                {{- raise_exception('Content of type ' ~ item.type ~ ': expected image or text.') }}
+                {{- raise_exception('Content of type ' ~ item.type ~ ': expected image, video or text.') }}
             {%- endif %}
         {%- endfor %}
     {%- endif %}
@@ -104,23 +109,25 @@ class ChatTemplateError(ValueError):
     """A chat template that cannot be extended, or that does not keep what the zoo promises of its templates."""
 
 
-def plain_template(image_token: str) -> str:
-    """The zoo's plain template, for this image token."""
-    return extend_template(_PLAIN, image_token)
+def plain_template(image_token: str, video_token: str = "<video>") -> str:
+    """The zoo's plain template, for these tokens."""
+    return extend_template(_PLAIN, image_token, video_token)
 
 
-def extend_template(template: str, image_token: str) -> str:
+def extend_template(template: str, image_token: str, video_token: str = "<video>") -> str:
     """
     Extends a template that takes content as strings.
 
     Args:
         template: the language model's own, with or without `{% generation %}`.
         image_token: what an image is written as.
+        video_token: what a video is written as, where the architecture takes videos.
 
     Returns:
-        A template that also takes content as lists with images, and that marks the assistant's turns.
+        A template that also takes content as lists with images and videos, and that marks the assistant's turns.
     """
-    prelude = _PRELUDE.replace("IMAGE_TOKEN", json.dumps(image_token, ensure_ascii=False))
+    tokens = {"IMAGE_TOKEN": image_token, "VIDEO_TOKEN": video_token}
+    prelude = re.sub("|".join(tokens), lambda match: json.dumps(tokens[match[0]], ensure_ascii=False), _PRELUDE)
     template = re.sub(r"(\r\n|\r|\n)\Z", "", template)  # jinja drops one line break at the end, but not inside a macro
     return prelude + (_OWN if has_generation(template) else _OWN_MARKED).replace("OWN_TEMPLATE", template)
 
@@ -224,7 +231,7 @@ def _training_variant(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _extend_and_check(tokenizer, base: str, image_token: str) -> tuple[str, str] | ChatTemplateError:
-    extended = extend_template(base, image_token)
+    extended = extend_template(base, image_token, video_marker(tokenizer))
     try:
         return extended, check_template(tokenizer, extended, image_token, reference=base)
     except ChatTemplateError as error:
@@ -314,13 +321,15 @@ def _render(tokenizer, template: str, messages: list, prompt: bool = False, **kw
 
 
 def _check_text(tokenizer, template: str, image_token: str, reference: str) -> None:
-    """Strings, lists of text, and lists with images must come out as the strings that they stand for."""
+    """Strings, lists of text, and lists with images and videos must come out as the strings that they stand for."""
     before = [{"type": "image"}, {"type": "text", "text": _QUESTIONS[0]}]
     among = [{"type": "text", "text": "This: "}, {"type": "image_url"}, {"type": "image"}, {"text": "?"}]
-    image = f"{image_token}\n"
+    films = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": _QUESTIONS[0]}]
+    image, video = f"{image_token}\n", f"{video_marker(tokenizer)}\n"
     pairs = [
         ([_user(before), *_CHAT[1:]], [_user(image + _QUESTIONS[0]), *_CHAT[1:]]),
         ([*_CHAT[:2], _user(among), _CHAT[3]], [*_CHAT[:2], _user(f"This: {image}{image}?"), _CHAT[3]]),
+        ([_user(films), *_CHAT[1:]], [_user(video + image + _QUESTIONS[0]), *_CHAT[1:]]),
     ]
     for messages in _CONVERSATIONS:
         listed = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]

@@ -42,7 +42,8 @@ class Scores:
 
 
 def prompt_of(row: dict) -> list[dict]:
-    """The messages of a row up to its answer, the images at the head of the first user message."""
+    """The messages of a row up to its answer, the images at the head of the first user message; a list in place of an
+    image holds the frames of a clip."""
     messages = [dict(message) for message in row["messages"]]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -51,7 +52,8 @@ def prompt_of(row: dict) -> list[dict]:
         raise ValueError(f"Row {row.get('id')} asks nothing: no message before the answer has the role 'user'.")
     content = messages[first]["content"]
     content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    images = [{"type": "image", "image": image} for image in row["images"]]
+    kinds = ["video" if isinstance(image, list | tuple) else "image" for image in row["images"]]
+    images = [{"type": kind, kind: image} for kind, image in zip(kinds, row["images"], strict=True)]
     messages[first]["content"] = images + [item for item in content if item["type"] != "image"]
     return messages
 

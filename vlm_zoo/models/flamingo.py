@@ -21,10 +21,8 @@ every layer runs the block that belongs there. Keys and values of an image are c
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -37,10 +35,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
-from .layers import attend, split_heads
+from .layers import attend, enter_layers, split_heads
 from .modeling_vlm import FuseContext, ZooForConditionalGeneration, ZooModel, holds_images
-from .parts_vlm import find_layers
 from .processing_vlm import ZooProcessor
+from .video_vlm import Clip, flat_items
 
 
 @strict
@@ -288,6 +286,10 @@ class MediaStep(NamedTuple):
     mask: torch.Tensor | None = None
     sees: torch.Tensor | None = None
 
+    def enter(self, position: int, states: torch.Tensor) -> torch.Tensor:
+        """Runs a block on `float[B, T, Dt]`; see `enter_layers`."""
+        return self.fusion(position, states, self)
+
 
 def media_mask(time: torch.Tensor, order: torch.Tensor, only_immediate: bool) -> torch.Tensor:
     """
@@ -405,23 +407,6 @@ class FlamingoFusion(nn.Module):
         return self.blocks[position](states, media.keys[position], media.values[position], media.mask, media.sees)
 
 
-def enter_layer(position: int | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Runs the block in front of a layer of the language model, `None` for none, and takes `media` out of what the
-    layer is given."""
-    if "media" not in kwargs:
-        raise ValueError(
-            f"{type(layer).__name__} was called without media. Call the vision-language model instead of its "
-            "language model; if you did, this decoder does not hand keyword arguments on to its layers and cannot "
-            "be the language model of a Flamingo."
-        )
-    media = kwargs.pop("media")
-    if position is None:
-        return args, kwargs
-    if args:
-        return (media.fusion(position, args[0], media), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": media.fusion(position, kwargs["hidden_states"], media)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,10 +420,7 @@ class ZooFlamingoModel(ZooModel):
 
     def __init__(self, config: ZooFlamingoConfig):
         super().__init__(config)
-        holder, name = find_layers(self.language_model)
-        places = {layer: position for position, layer in enumerate(config.gated_layers)}
-        for index, layer in enumerate(getattr(holder, name)):
-            layer.register_forward_pre_hook(partial(enter_layer, places.get(index)), with_kwargs=True)
+        enter_layers(self.language_model, "media", {layer: place for place, layer in enumerate(config.gated_layers)})
 
     @property
     def places_features(self) -> bool:
@@ -616,12 +598,12 @@ class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, Generatio
 
 class ZooFlamingoProcessor(ZooProcessor):
     """
-    Images and text to a batch for Flamingo: one placeholder for an image.
+    Images, clips and text to a batch for Flamingo: one placeholder for an image or a clip.
 
-    Where the images are given row by row, a list in place of an image is a clip: its frames, in their order; so is an
-    array of four dimensions, frames first. Then `pixel_values` holds all frames and `image_grid_thw` says how many
-    belong together.
+    With clips `pixel_values` holds the frames of all of them, and `image_grid_thw` says how many belong together.
     """
+
+    takes_clips = True
 
     @classmethod
     def fields_from(cls, config: ZooFlamingoConfig) -> dict:
@@ -630,33 +612,14 @@ class ZooFlamingoProcessor(ZooProcessor):
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
         return 1
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
-        if _row_by_row(images):  # an array of frames is a list of them
-            images = [[list(item) if _ndim(item) == 4 else item for item in row] for row in images]
-        clips = [image for row in images for image in row] if _row_by_row(images) else []
-        if not any(isinstance(clip, list | tuple) for clip in clips):
-            return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        clips = [clip if isinstance(clip, list | tuple) else [clip] for clip in clips]
-        if not all(clips):
-            raise ValueError("A clip without frames was given: the list in place of an image is empty.")
-        first = [[clip[0] if isinstance(clip, list | tuple) else clip for clip in row] for row in images]
-        batch = super().__call__(images=first, text=text, videos=videos, audio=audio, **kwargs)
-        later = [frame for clip in clips for frame in clip[1:]]
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["images_kwargs"]
-        rest = iter(self.image_processor(later, **merged)["pixel_values"] if later else [])
-        pairs = zip(batch["pixel_values"], clips, strict=True)
-        frames = [[pixels, *(next(rest) for _ in clip[1:])] for pixels, clip in pairs]
-        batch["pixel_values"] = [pixels for clip in frames for pixels in clip]
-        batch["image_grid_thw"] = [[len(clip), 1, 1] for clip in clips]
-        return BatchFeature(dict(batch), tensor_type=kwargs.get("return_tensors"))
-
-
-def _ndim(item) -> int:
-    return item.ndim if isinstance(item, np.ndarray | torch.Tensor) else 0
-
-
-def _row_by_row(images) -> bool:
-    return isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
+    def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
+        items = flat_items(images)
+        if not any(isinstance(item, Clip) for item in items):
+            return super()._process_images(images, **kwargs)
+        frames = [item.frames if isinstance(item, Clip) else [item] for item in items]
+        processed = self.image_processor([frame for clip in frames for frame in clip], **kwargs)
+        processed["image_grid_thw"] = [[len(clip), 1, 1] for clip in frames]
+        return processed, [self.image_text(1)] * len(items)
 
 
 publish(ZooFlamingoConfig)

@@ -16,7 +16,6 @@ a clip is an image with several frames. The time ids of `video_time="seconds"` c
 clip, as `image_position_ids`. DeepStack's features travel beside the tokens' own, in the channels after them.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -38,17 +37,18 @@ from .modeling_vlm import (
     holds_images,
 )
 from .native_vlm import (
+    blank_patches,
     build_native_tower,
     check_patches,
     feature_width,
-    patch_geometry,
+    native_image_fields,
     see_natively,
     spread,
     starts,
 )
 from .parts_vlm import find_layers
 from .processing_vlm import ZooProcessor
-from .video_vlm import Clip
+from .video_vlm import Clip, flat_items
 
 
 @strict
@@ -91,7 +91,7 @@ class ZooMropeConfig(ZooConfig):
     mrope_section: list[int] | None = None
     positions_after_image: Literal["side", "extent"] = "side"
     video_time: Literal["timestamps", "seconds", "index"] = "timestamps"
-    tokens_per_second: float = 2.0
+    tokens_per_second: float | int = 2.0
     deepstack_layers: list[int] | None = None
     deepstack_text_layers: list[int] | None = None
     min_image_tokens: int = 4
@@ -194,26 +194,22 @@ def multi_axis_positions(
     """
     valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
     counts = grids.prod(dim=1)
-    area, width = spread(grids[:, 1] * grids[:, 2], counts), spread(grids[:, 2], counts)
-    within = torch.arange(len(area), device=grids.device) - spread(starts(counts), counts)
-    frame, rest = within // area, within % area
-    time = frame if times is None else spread(times, counts).gather(1, frame[:, None]).squeeze(1)
+    total = int(counts.sum())
+    image = spread(torch.arange(len(grids), device=grids.device), counts, total)  # int[K], whose token it is
+    _, height, width = grids[image].unbind(dim=1)
+    within = torch.arange(total, device=grids.device) - starts(counts)[image]
+    frame, rest = within // (height * width), within % (height * width)
+    time = frame if times is None else times[image, frame]
     places = torch.stack((time, rest // width, rest % width))  # int[3, K], from the start of the image
 
     moves = grids[:, 1:].amax(dim=1)
     if after_image == "extent":
-        extent = torch.zeros_like(moves).scatter_reduce(
-            0, spread(torch.arange(len(grids), device=grids.device), counts), time + 1, "amax"
-        )
-        moves = torch.maximum(moves, extent)
-    steps = valid.long()
-    flat = torch.zeros(len(area), dtype=torch.long, device=grids.device)
-    steps[visual] = flat.index_copy(0, counts.cumsum(0) - 1, moves)  # the last token of an image moves on
+        moves = moves.scatter_reduce(0, image, time + 1, "amax")
+    last = torch.zeros_like(time).index_copy(0, counts.cumsum(0) - 1, moves)  # an image moves on at its last token
+    steps = valid.long().masked_scatter(visual, last)
     ends = steps.cumsum(dim=1)
-    positions = (ends - steps).expand(3, -1, -1).clone()
-    positions[:, visual] += places
-    positions = positions.masked_fill(~valid, 0)
-    return positions, ends[:, -1:] - valid.sum(dim=1, keepdim=True)
+    positions = (ends - steps) + torch.zeros_like(steps).expand(3, -1, -1).masked_scatter(visual, places)
+    return positions.masked_fill(~valid, 0), ends[:, -1:] - valid.sum(dim=1, keepdim=True)
 
 
 def frequency_axes(layout: str, section: list[int] | None, frequencies: int) -> list[int]:
@@ -466,22 +462,25 @@ class ZooMropeModel(ZooModel):
             )
 
     def dummy_vision_inputs(self) -> dict[str, torch.Tensor]:
-        side, geometry = self.config.spatial_merge_size, patch_geometry(self.config.vision_config)
-        return {
-            "pixel_values": torch.zeros(side * side, geometry.values, device=self.device, dtype=self.dtype),
-            "image_grid_thw": torch.tensor([[1, side, side]], device=self.device),
-        }
+        return blank_patches(self.config.vision_config, self.config.spatial_merge_size, self.device, self.dtype)
 
     def positions(
-        self, visual: torch.Tensor, vision_inputs: dict[str, torch.Tensor], attention_mask: torch.Tensor | None
+        self,
+        visual: torch.Tensor,
+        vision_inputs: dict[str, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past: int = 0,
+        carry: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `multi_axis_positions` of a batch.
+        `multi_axis_positions` of a batch, or of what comes behind a cache.
 
         Args:
             visual (`bool[B, T]`): true at placeholders.
             vision_inputs: `image_grid_thw`, and `image_position_ids` where clips have time ids.
-            attention_mask (`int[B, T]`): 0 at padding.
+            attention_mask (`int[B, past + T]`): 0 at padding.
+            past: how many tokens the cache holds.
+            carry (`int[B, 1]`, *optional*): of what the cache holds; without images there it may be left out.
         """
         side, config = self.config.spatial_merge_size, self.config
         grids = vision_inputs["image_grid_thw"].to(visual.device)
@@ -491,7 +490,13 @@ class ZooMropeModel(ZooModel):
             grids, times = spread(grids, grids[:, 0]), None
             grids = torch.cat((torch.ones_like(grids[:, :1]), grids[:, 1:]), dim=1)
         times = None if times is None else times.to(visual.device)
-        return multi_axis_positions(visual, grids, times, attention_mask, config.positions_after_image)
+        padding = None if attention_mask is None else attention_mask[:, past:]
+        positions, deltas = multi_axis_positions(visual, grids, times, padding, config.positions_after_image)
+        if past:
+            moved = 0 if carry is None else carry.to(visual.device)
+            before = past if attention_mask is None else attention_mask[:, :past].sum(dim=1, keepdim=True)
+            positions, deltas = positions + before + moved, deltas + moved
+        return positions, deltas
 
     def fuse(
         self, inputs_embeds: torch.Tensor, features: list[torch.Tensor] | None, context: FuseContext
@@ -534,9 +539,8 @@ class ZooMropeModel(ZooModel):
             raise ValueError(
                 f"Positions are counted where attention_mask int[B, T] shows no padding, got {list(padding.shape)}."
             )
-        if context.past_key_values is not None and padding is not None:
-            padding = padding[:, -visual.shape[1] :]
-        return self.positions(visual, context.vision_inputs, padding)
+        past = 0 if context.past_key_values is None else context.past_key_values.get_seq_length()
+        return self.positions(visual, context.vision_inputs, padding, past, context.carry)
 
     def _later_positions(self, inputs_embeds: torch.Tensor, context: FuseContext) -> torch.Tensor:
         """Positions `int[3, B, T]` of tokens that come after what the cache holds."""
@@ -569,15 +573,20 @@ class ZooMropeForConditionalGeneration(ZooForConditionalGeneration, GenerationMi
         ids = model_kwargs.get("input_ids")
         if ids is None or ids.shape[1] == 0:
             ids = inputs_tensor
-        has_ids = ids.ndim == 2
+        has_ids, cache = ids.ndim == 2, model_kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
         visual = self.model.placeholder_mask(ids if has_ids else None, None if has_ids else ids)
+        visual = visual[:, past - numbers.shape[1] :]  # those of a cache have their places
         encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         vision_inputs = encoded_inputs(model_kwargs.get("mm_encoder_outputs")) or {
             name: model_kwargs[name] for name in ("image_grid_thw", "image_position_ids") if name in model_kwargs
         }
         if encoded is not None:
             self.model.check_placeholders(visual, list(encoded.pooler_output))
-        return self.model.positions(visual, vision_inputs, model_kwargs.get("attention_mask"))[0]
+        positions, _ = self.model.positions(
+            visual, vision_inputs, model_kwargs.get("attention_mask"), past, model_kwargs.get("carry")
+        )
+        return torch.cat((numbers[:, :past].expand(3, len(visual), -1), positions), dim=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -591,6 +600,7 @@ class ZooMropeProcessor(ZooProcessor):
 
     video_time (`"timestamps"`, `"seconds"` or `"index"`): as in the config.
     tokens_per_second (`float`): as in the config.
+    frame_start, frame_end (`str`): text around the placeholders of a time step of a clip, after its timestamp.
     """
 
     takes_clips = True
@@ -601,10 +611,14 @@ class ZooMropeProcessor(ZooProcessor):
         tokenizer=None,
         video_time: str = "timestamps",
         tokens_per_second: float = 2.0,
+        frame_start: str = "",
+        frame_end: str = "",
         chat_template=None,
     ):
         self.video_time = video_time
         self.tokens_per_second = tokens_per_second
+        self.frame_start = frame_start
+        self.frame_end = frame_end
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -613,19 +627,7 @@ class ZooMropeProcessor(ZooProcessor):
 
     @classmethod
     def image_fields_from(cls, config: ZooMropeConfig) -> dict:
-        geometry = patch_geometry(config.vision_config)
-        area = (geometry.size * config.spatial_merge_size) ** 2
-        return {
-            "size": {
-                "shortest_edge": config.min_image_tokens * area,
-                "longest_edge": config.max_image_tokens * area,
-            },
-            "max_clip_pixels": config.max_clip_tokens * area * geometry.frames,
-            "patch_size": geometry.size,
-            "temporal_patch_size": geometry.frames,
-            "merge_size": config.spatial_merge_size,
-            "do_center_crop": False,
-        }
+        return native_image_fields(config, config.spatial_merge_size)
 
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
         return self.num_clip_tokens(1, height, width, **images_kwargs)
@@ -642,7 +644,7 @@ class ZooMropeProcessor(ZooProcessor):
 
     def _process_images(self, images, **kwargs):
         processed = self.image_processor(images, **kwargs)
-        flat = list(flattened(images))
+        flat = flat_items(images)
         grids = [[int(edge) for edge in grid] for grid in processed["image_grid_thw"]]
         replacements = []
         for item, (times, rows, columns) in zip(flat, grids, strict=True):
@@ -662,7 +664,7 @@ class ZooMropeProcessor(ZooProcessor):
 
     def frame_text(self, num_tokens: int, seconds: float) -> str:
         """The text of one time step of a clip: when it is, then its placeholders."""
-        return f"<{seconds:.1f} seconds>{self.image_text(num_tokens)}"
+        return f"<{seconds:.1f} seconds>{self.frame_start}{self.image_text(num_tokens)}{self.frame_end}"
 
     def patch_times(self, clip: Clip, steps: int) -> list[float]:
         """When each time step of a clip is, in seconds: in the middle of its first and its last frame."""
@@ -676,17 +678,6 @@ class ZooMropeProcessor(ZooProcessor):
             return list(range(steps))
         seconds_a_step = self.image_processor.temporal_patch_size / item.fps
         return [int(step * (self.tokens_per_second * seconds_a_step)) for step in range(steps)]
-
-
-def flattened(images) -> Iterator:
-    """Images and clips one after the other, whatever lists they are in."""
-    if isinstance(images, list | tuple):
-        for item in images:
-            yield from flattened(item)
-    elif getattr(images, "ndim", 3) == 4:  # an array of images
-        yield from images
-    else:
-        yield images
 
 
 publish(ZooMropeConfig)

@@ -18,7 +18,8 @@ kernels are summed instead of repeating its pixels.
 """
 
 import inspect
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -142,14 +143,42 @@ def build_native_tower(vision_config: PreTrainedConfig, layers: list[int]) -> Pr
     return tower
 
 
+def blank_patches(
+    vision_config: PreTrainedConfig, merge_size: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The smallest blank image, as a batch brings it."""
+    values = patch_geometry(vision_config).values
+    return {
+        "pixel_values": torch.zeros(merge_size**2, values, device=device, dtype=dtype),
+        "image_grid_thw": torch.tensor([[1, merge_size, merge_size]], device=device),
+    }
+
+
+def native_image_fields(config: PreTrainedConfig, merge_size: int) -> dict[str, Any]:
+    """
+    The fields of an image processor for a config with `vision_config`, `min_image_tokens`, `max_image_tokens` and
+    `max_clip_tokens`.
+    """
+    geometry = patch_geometry(config.vision_config)
+    area = (geometry.size * merge_size) ** 2  # pixels of a token
+    return {
+        "size": {"shortest_edge": config.min_image_tokens * area, "longest_edge": config.max_image_tokens * area},
+        "max_clip_pixels": config.max_clip_tokens * area * geometry.frames,
+        "patch_size": geometry.size,
+        "temporal_patch_size": geometry.frames,
+        "merge_size": merge_size,
+        "do_center_crop": False,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Places
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def spread(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Repeats `[I]` or `[I, …]` as often as `int[I]` says."""
-    return torch.repeat_interleave(values, counts, dim=0)
+def spread(values: torch.Tensor, counts: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    """Repeats `[I]` or `[I, …]` as often as `int[I]` says; a known `total` spares a device the wait for the sum."""
+    return torch.repeat_interleave(values, counts, dim=0, output_size=total)
 
 
 def starts(counts: torch.Tensor) -> torch.Tensor:
@@ -166,18 +195,14 @@ def patch_places(grids: torch.Tensor, merge_size: int) -> torch.Tensor:
         merge_size: side of a square of neighbours.
     """
     counts = grids.prod(dim=1)
-    heights, widths = spread(grids[:, 1], counts), spread(grids[:, 2], counts)
-    within = torch.arange(len(heights), device=grids.device) - spread(starts(counts), counts)
-    within = within % (heights * widths)
+    total = int(counts.sum())
+    image = spread(torch.arange(len(grids), device=grids.device), counts, total)
+    _, height, width = grids[image].unbind(dim=1)
+    within = (torch.arange(total, device=grids.device) - starts(counts)[image]) % (height * width)
     square, inside = within // merge_size**2, within % merge_size**2
-    columns = widths // merge_size
-    return torch.stack(
-        (
-            square // columns * merge_size + inside // merge_size,
-            square % columns * merge_size + inside % merge_size,
-        ),
-        dim=1,
-    )
+    columns = width // merge_size
+    rows = square // columns * merge_size + inside // merge_size
+    return torch.stack((rows, square % columns * merge_size + inside % merge_size), dim=1)
 
 
 def window_order(grids: torch.Tensor, merge_size: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,13 +219,15 @@ def window_order(grids: torch.Tensor, merge_size: int, window: int) -> tuple[tor
     """
     grids = torch.cat((grids[:, :1], grids[:, 1:] // merge_size), dim=1)
     counts = grids.prod(dim=1)
+    total = int(counts.sum())
     windows_a_row = -(-grids[:, 2] // window)
     windows_a_frame = -(-grids[:, 1] // window) * windows_a_row
-    heights, widths = spread(grids[:, 1], counts), spread(grids[:, 2], counts)
-    within = torch.arange(len(heights), device=grids.device) - spread(starts(counts), counts)
-    frame, within = within // (heights * widths), within % (heights * widths)
-    number = spread(starts(windows_a_frame * grids[:, 0]), counts) + frame * spread(windows_a_frame, counts)
-    number += within // widths // window * spread(windows_a_row, counts) + within % widths // window
+    image = spread(torch.arange(len(grids), device=grids.device), counts, total)
+    _, height, width = grids[image].unbind(dim=1)
+    within = torch.arange(total, device=grids.device) - starts(counts)[image]
+    frame, within = within // (height * width), within % (height * width)
+    number = starts(windows_a_frame * grids[:, 0])[image] + frame * windows_a_frame[image]
+    number += within // width // window * windows_a_row[image] + within % width // window
     order = torch.argsort(number, stable=True)
     bounds = torch.bincount(number).cumsum(0) * merge_size**2
     return order, nn.functional.pad(bounds, (1, 0)).to(torch.int32)
@@ -215,26 +242,26 @@ def check_patches(
     vision_config: PreTrainedConfig, patches: torch.Tensor, grids: torch.Tensor, merge_size: int
 ) -> None:
     """Raises `ValueError` unless patches and grids belong together, and to this tower."""
-    geometry = patch_geometry(vision_config)
-    foreign = "were the images prepared by the processor of another model?"
+    geometry, foreign = patch_geometry(vision_config), "were the images prepared by the processor of another model?"
     if patches.ndim != 2 or patches.shape[1] not in (geometry.values, geometry.values * geometry.frames):
         raise ValueError(
             f"pixel_values has shape {list(patches.shape)}, expected [patches, {geometry.values * geometry.frames}] "
             f"or, for single frames, [patches, {geometry.values}]: {foreign}"
         )
-    if grids.ndim != 2 or grids.shape[1] != 3 or bool((grids < 1).any()):
+    sizes = grids.tolist()  # once: each look at a tensor on a device waits for it
+    if grids.ndim != 2 or any(len(size) != 3 or min(size) < 1 for size in sizes):
         raise ValueError(
-            f"image_grid_thw must hold time, height and width in patches for each image, got {grids.tolist()}: "
-            f"{foreign}"
+            f"image_grid_thw must hold time, height and width in patches for each image, got {sizes}: {foreign}"
         )
-    if int(grids.prod(dim=1).sum()) != len(patches):
+    counted = sum(map(math.prod, sizes))
+    if counted != len(patches):
         raise ValueError(
-            f"image_grid_thw counts {int(grids.prod(dim=1).sum())} patches, pixel_values holds {len(patches)}: images "
-            "and grids do not belong together."
+            f"image_grid_thw counts {counted} patches, pixel_values holds {len(patches)}: images and grids do not "
+            "belong together."
         )
-    if bool((grids[:, 1:] % merge_size).any()):
+    if any(height % merge_size or width % merge_size for _, height, width in sizes):
         raise ValueError(
-            f"image_grid_thw {grids.tolist()} is not made of squares of {merge_size} x {merge_size} patches: {foreign}"
+            f"image_grid_thw {sizes} is not made of squares of {merge_size} x {merge_size} patches: {foreign}"
         )
 
 

@@ -1,6 +1,7 @@
 """VET, the visual embedding table: patches become probabilities over visual words, and tokens their mean embedding.
 
-Papers: Ovis (huggingface.co/papers/2405.20797); the code of Ovis 1.6 and 2, and `Ovis2` of transformers.
+Papers: Ovis (huggingface.co/papers/2405.20797), Ovis 2.5 (huggingface.co/papers/2508.11737); the code of Ovis 1.6 and
+2, and `Ovis2` of transformers.
 
 Paper map:
     section 3.2, equations 1 to 3, the visual head     `VetConnector.tokenize`; `VisualHead`
@@ -8,18 +9,15 @@ Paper map:
     Ovis 1.0, indicator tokens                         `num_visual_indicators=2`: around the image
     Ovis 1.6 and 2, neighbours and tiles               `hidden_stride`, `max_tiles`, `num_visual_indicators=5`
     Ovis 2, one word a token                           `tokenize_function="st_argmax"` (or `"gumbel_argmax"`)
+    Ovis 2.5 section 2.1, native resolution            `native_resolution`; `num_visual_indicators=4`
 
-Deviations: indicators stand at placeholders of their own image, not at ids of the language model's vocabulary. Zeros
-are not appended to the probabilities: the table is cut instead. Gumbel noise is drawn in training alone, so that an
-image means one thing when it is asked about. The features' last norm, which Ovis 2 leaves out and transformers'
-`Ovis2` applies, is `tower_norm`. With one word a token, `st_argmax` looks the word up, where Ovis multiplies the table
-by ones and zeros that are rounded.
-
-Ovis 2.5 reads images at their own size. `VetConnector.embed` takes groups of patches of any number of images, so a
-tower of native resolution needs a `get_image_features` of its own and no other connector.
+Deviations: indicators stand at placeholders of their own image, not at ids of the language model's vocabulary. Gumbel
+noise is drawn in training alone, so that an image means one thing when it is asked about. The features' last norm,
+which Ovis 2 leaves out and transformers' `Ovis2` applies, is `tower_norm`. With one word a token, the word is looked
+up, where Ovis multiplies the table by ones and zeros that are rounded. The gradient of `st_argmax` passes the softmax,
+as in transformers; in the code of Ovis the scores themselves stand in for the probabilities.
 """
 
-import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -35,17 +33,26 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import ZooConfig, publish
 from .geometry_vlm import covering_grid
 from .modeling_vlm import ZooForConditionalGeneration, ZooModel
+from .native_vlm import (
+    blank_patches,
+    build_native_tower,
+    check_patches,
+    feature_width,
+    is_native,
+    native_image_fields,
+    see_natively,
+)
 from .parts_vlm import build_part, cut_tower, pair
 from .processing_vlm import ZooProcessor
 
 
-# What a chunk of tokens may have in probabilities, tokens times words: 256 MiB in float32. More tokens are embedded
-# chunk by chunk, and in training a chunk's probabilities are computed again instead of kept. Where nothing is kept,
-# chunks are an eighth of that, which is as fast.
+# How many probabilities, tokens times words, are computed at once: 2^26 are 256 MiB in float32, and training keeps
+# several of that size until the backward pass. Above that, tokens are embedded chunk by chunk, and training computes a
+# chunk again instead of keeping it. Where nothing is kept, chunks are an eighth of that, which is as fast.
 CHUNK_ENTRIES = 2**26
 
-# Words whose scores are computed at once where rows are no multiple of a cache line; see `product`.
-BLOCK_WORDS, LINE = 512, 16
+# Words whose scores are computed at once on a CPU; see `VisualHead`.
+BLOCK_WORDS = 512
 
 
 @strict
@@ -56,7 +63,8 @@ class ZooVetConfig(ZooConfig):
     visual_vocab_size (`int`): rows of the table, visual words and indicators.
     num_visual_indicators (`int`):
         Its last rows, which no patch becomes: 5 mark start, end of the whole picture, columns, rows and end of an
-        image (Ovis 1.6 and 2), 2 its start and end (Ovis 1), 0 nothing.
+        image (Ovis 1.6 and 2), 4 start and end of an image, and of a clip (Ovis 2.5), 2 its start and end (Ovis 1), 0
+        nothing.
     hidden_stride (`int`):
         Edge of the square of neighbouring patches that become one token, side by side in its features. Patches are
         filled up with zeros at the bottom and at the right.
@@ -72,9 +80,17 @@ class ZooVetConfig(ZooConfig):
     max_tiles (`int`, *optional*):
         Into how many tiles an image is cut at most, by the smallest grid that covers it. `None` gives every image one
         view.
+    native_resolution (`bool`):
+        Whether images keep their own size, as they must with a tower that takes patches, not pictures (Ovis 2.5).
+    position_interpolation (`"bicubic"`, `"bilinear"` or `None`):
+        How a tower of patches interpolates its table of positions at native resolution, instead of by its own rule.
+        Ovis 2.5 has Qwen3-VL's tower with bicubic positions.
+    min_image_tokens, max_image_tokens (`int`): bounds of an image at native resolution, which is resized to keep them.
+    max_clip_tokens (`int`): bound of a clip, all its frames together.
     """
 
     model_type = "zoo_vet"
+    takes_native_towers = True
 
     vision_feature_layer: int | list[int] = -1
     visual_vocab_size: int = 16384
@@ -86,13 +102,22 @@ class ZooVetConfig(ZooConfig):
     head_layer_norm_eps: float = 1e-5
     tower_norm: bool = False
     max_tiles: int | None = None
+    native_resolution: bool = False
+    position_interpolation: Literal["bicubic", "bilinear"] | None = None
+    min_image_tokens: int = 4
+    max_image_tokens: int = 3136
+    max_clip_tokens: int = 16384
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.native_resolution = self.native_resolution or is_native(self.vision_config)
 
     def validate_table(self):
         """Part of `@strict` validation."""
-        if self.num_visual_indicators not in (0, 2, 5):
+        if self.num_visual_indicators not in (0, 2, 4, 5):
             raise ValueError(
                 f"num_visual_indicators is {self.num_visual_indicators}, expected 5 (start, end of the whole picture, "
-                "column, row, end), 2 (start, end) or 0."
+                "column, row, end), 4 (start and end of an image, of a clip), 2 (start, end) or 0."
             )
         if self.visual_vocab_size <= self.num_visual_indicators:
             raise ValueError(
@@ -118,6 +143,28 @@ class ZooVetConfig(ZooConfig):
         if self.max_tiles is not None and height != width:
             raise ValueError(f"Tiles are squares, but this tower sees {height} x {width} pixels: max_tiles=None.")
 
+    def validate_native_resolution(self):
+        """Part of `@strict` validation: an image of its own size is one view, of whole squares."""
+        if not 1 <= self.min_image_tokens <= self.max_image_tokens <= self.max_clip_tokens:
+            raise ValueError(
+                f"Expected 1 <= min_image_tokens <= max_image_tokens <= max_clip_tokens, got {self.min_image_tokens}, "
+                f"{self.max_image_tokens} and {self.max_clip_tokens}."
+            )
+        if not self.native_resolution:
+            return
+        for name, wanted in (
+            ("max_tiles", None),
+            ("tower_norm", False),
+            ("vision_feature_select_strategy", "default"),
+        ):
+            if getattr(self, name) != wanted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, at native resolution it must be {wanted!r}.")
+        own = getattr(self.vision_config, "spatial_merge_size", self.hidden_stride)
+        if own != self.hidden_stride:
+            raise ValueError(
+                f"hidden_stride is {self.hidden_stride}, the tower orders its patches by squares of {own}."
+            )
+
     def validate_tower_norm(self):
         """Part of `@strict` validation: the norm is that of the last layer."""
         depth = getattr(self.vision_config, "num_hidden_layers", None)
@@ -138,97 +185,8 @@ class ZooVetConfig(ZooConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Products with a large vocabulary
+# Head and table
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def product(states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """
-    `states @ words.T`: `float[N, D]` and `float[V, D]` to `float[N, V]`.
-
-    A vocabulary without its indicators is rarely a multiple of a cache line. Matrix products into such rows are up to
-    1.7 times slower on a CPU than into blocks of words, which are then laid side by side.
-    """
-    if (
-        words.device.type != "cpu"
-        or words.dtype != torch.float32
-        or len(words) % LINE == 0
-        or len(words) < BLOCK_WORDS
-    ):
-        return states @ words.t()
-    scores, states = states.new_empty(len(states), len(words)), states.t()
-    for part, block in zip(scores.split(BLOCK_WORDS, dim=1), words.split(BLOCK_WORDS), strict=True):
-        part.copy_((block @ states).t())
-    return scores
-
-
-class _Product(torch.autograd.Function):
-    """`product` with its gradients."""
-
-    @staticmethod
-    def forward(states: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        return product(states, words)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        states, words = ctx.saved_tensors
-        for_states, for_words = ctx.needs_input_grad
-        return gradient @ words if for_states else None, gradient.t() @ states if for_words else None
-
-
-class _Expectation(torch.autograd.Function):
-    """
-    Probabilities `float[N, V]` of the first V rows of a table `float[R, D]` to their mean, `float[N, D]`.
-
-    The rows are cut here: the gradient of a slice is a second table.
-    """
-
-    @staticmethod
-    def forward(probabilities: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return probabilities @ table[: probabilities.shape[1]]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        probabilities, table = ctx.saved_tensors
-        for_probabilities = for_table = None
-        words = probabilities.shape[1]
-        if ctx.needs_input_grad[1]:
-            for_table = torch.empty_like(table)
-            torch.mm(probabilities.t(), gradient, out=for_table[:words])
-            for_table[words:] = 0.0
-        if ctx.needs_input_grad[0]:
-            for_probabilities = product(gradient, table[:words])
-        return for_probabilities, for_table
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Chosen words `float[N, D]`, with the gradient that the mean of all words would give the probabilities."""
-
-    @staticmethod
-    def forward(probabilities: torch.Tensor, chosen: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        return chosen.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (words,) = ctx.saved_tensors
-        return product(gradient.to(words.dtype), words), gradient, None
-
-
-def is_ordinary(device: torch.device) -> bool:
-    """Whether the functions above may stand in for torch's own products: nothing traces or casts those."""
-    return device.type == "cpu" and not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type))
 
 
 class VisualHead(nn.Linear):
@@ -239,35 +197,52 @@ class VisualHead(nn.Linear):
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
         """`float[N, D]` to `float[N, V]`."""
-        return _Product.apply(groups, self.weight) if is_ordinary(groups.device) else super().forward(groups)
+        if groups.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(groups)
+        # One product into rows as long as a vocabulary takes a CPU 1.3 to 1.6 times as long as blocks side by side:
+        # a row lies in pages of its own, and without indicators its length is no multiple of a cache line either.
+        return torch.cat([(words @ groups.t()).t() for words in self.weight.split(BLOCK_WORDS)], dim=1)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Chosen words `float[N, D]`, with the gradient that the mean of all words would give the probabilities."""
+
+    @staticmethod
+    def forward(probabilities: torch.Tensor, chosen: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return chosen.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (table,) = ctx.saved_tensors
+        return gradient @ table.t(), gradient, None
 
 
 class VisualEmbeddingTable(nn.Embedding):
     """The embeddings of visual words, its last rows those of indicators."""
 
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
+    def forward(self, words: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            words: `int[…]`, ids to look up; or `float[N, V]`, the probabilities of the first V rows, of which the mean
-                is taken.
+            words: `int[…]`, ids to look up; or `float[…, V]`, the probabilities of all rows, of which the mean is
+                taken.
+            chosen (`int[…]`): beside probabilities the ids to look up, with the gradient of the mean.
 
         Returns:
-            `float[…, Dt]` or `float[N, Dt]`.
+            `float[…, Dt]`
         """
         if not words.is_floating_point():
             return super().forward(words)
-        if words.shape[-1] > self.num_embeddings:
+        if words.shape[-1] != self.num_embeddings:
             raise ValueError(
                 f"Got probabilities of {words.shape[-1]} words, the table has {self.num_embeddings} rows."
             )
-        if is_ordinary(words.device) and words.ndim == 2:
-            return _Expectation.apply(words, self.weight)
-        return words @ self.weight[: words.shape[-1]]
-
-    def choose(self, probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The words `int[N]`, looked up, with the gradient of the mean under `float[N, V]`: `float[N, Dt]`."""
-        rows = self.weight[: probabilities.shape[-1]].detach()
-        return _StraightThrough.apply(probabilities, super().forward(ids), rows)
+        if chosen is None:
+            return words @ self.weight
+        return _StraightThrough.apply(words, super().forward(chosen), self.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,20 +273,24 @@ def join_neighbours(patches: torch.Tensor, grid: tuple[int, int], stride: int) -
     return squares.flatten(1, 2).reshape(len(patches), -1, stride * stride * width)
 
 
-def layout(grid: tuple[int, int], num_indicators: int) -> list[tuple[Literal["view", "indicator"], int]]:
+def layout(
+    grid: tuple[int, int], num_indicators: int, is_clip: bool = False
+) -> list[tuple[Literal["view", "indicator"], int]]:
     """
     What an image becomes, in its order: its views, the whole picture first, and indicators by their number.
 
     Args:
         grid: rows and columns of tiles; (1, 1) is the whole picture alone.
-        num_indicators: 0, 2 or 5.
+        num_indicators: 0, 2, 4 or 5.
+        is_clip: whether it has several frames.
     """
     tiles = math.prod(grid) if grid != (1, 1) else 0
     views = [("view", view) for view in range(1 + tiles)]
     if num_indicators == 0:
         return views
-    if num_indicators == 2:
-        return [("indicator", 0), *views, ("indicator", 1)]
+    if num_indicators in (2, 4):
+        first = 2 if is_clip and num_indicators == 4 else 0
+        return [("indicator", first), *views, ("indicator", first + 1)]
     start, whole, column, row, end = (("indicator", number) for number in range(5))
     pieces = [start, views[0], whole]
     for tile, view in enumerate(views[1:], start=1):
@@ -335,25 +314,32 @@ class VisualWords(NamedTuple):
     probabilities: torch.Tensor
 
 
+class ImageViews(NamedTuple):
+    """What an image is seen as: so many views of so many tokens each, in a grid of tiles, one frame or several."""
+
+    views: int
+    tokens: int
+    grid: tuple[int, int]
+    is_clip: bool = False
+
+
 class VetConnector(nn.Module):
     """Patches to visual words to tokens."""
 
-    def __init__(self, config: ZooVetConfig):
+    def __init__(self, config: ZooVetConfig, width: int):
         super().__init__()
         self.config = config
-        height, width = pair(config.vision_config.image_size)
-        patch_height, patch_width = pair(config.vision_config.patch_size)
-        self.grid = (height // patch_height, width // patch_width)
-        width_in = config.vision_config.hidden_size * len(config.feature_layers) * config.hidden_stride**2
+        width_in = width * len(config.feature_layers) * config.hidden_stride**2
         self.head = VisualHead(width_in, config.num_visual_words)
         if config.head_layer_norm:
             self.norm = nn.LayerNorm(config.num_visual_words, eps=config.head_layer_norm_eps)
         self.table = VisualEmbeddingTable(config.visual_vocab_size, config.text_config.hidden_size)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`float[P, N, Dv]`, patches of whole views, to `float[P, n, Dt]`."""
-        groups = join_neighbours(patches, self.grid, self.config.hidden_stride)
-        return self.embed(groups.flatten(0, 1)).unflatten(0, groups.shape[:2])
+    def join(self, patches: torch.Tensor) -> torch.Tensor:
+        """`float[P, N, Dv]`, patches of whole views, to `float[P, n, D]`, the features of their tokens."""
+        vision = self.config.vision_config
+        grid = [edge // patch for edge, patch in zip(pair(vision.image_size), pair(vision.patch_size), strict=True)]
+        return join_neighbours(patches, tuple(grid), self.config.hidden_stride)
 
     def scores(self, groups: torch.Tensor) -> torch.Tensor:
         """`float[n, D]`, the features of a token, to the scores of all words `float[n, V]`."""
@@ -364,51 +350,56 @@ class VetConnector(nn.Module):
         """`float[n, D]`, the features of a token, to `float[n, V]`, the probabilities of all words."""
         return self.scores(groups).softmax(dim=-1)
 
-    def chunks(self, groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tokens in as many parts as keep their probabilities within what a chunk may have."""
-        entries = CHUNK_ENTRIES if torch.is_grad_enabled() else CHUNK_ENTRIES // 8
-        return groups.split(max(1, entries // self.config.num_visual_words))
-
-    def embed(self, groups: torch.Tensor) -> torch.Tensor:
+    def forward(self, groups: torch.Tensor) -> torch.Tensor:
         """`float[n, D]`, the features of a token, to its embedding `float[n, Dt]`."""
-        chunks = self.chunks(groups)
+        wanted = groups.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
+        if not (wanted and torch.is_grad_enabled()):
+            return torch.cat([self.embed_chunk(chunk) for chunk in self.chunks(groups)])
+        chunks = self.chunks(groups, CHUNK_ENTRIES)
         if len(chunks) == 1:
             return self.embed_chunk(groups)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(self.embed_chunk, chunk, use_reentrant=False) for chunk in chunks])
-        return torch.cat([self.embed_chunk(chunk) for chunk in chunks])
+        return torch.cat([checkpoint(self.embed_chunk, chunk, use_reentrant=False) for chunk in chunks])
+
+    def chunks(self, groups: torch.Tensor, entries: int | None = None) -> tuple[torch.Tensor, ...]:
+        """The tokens in parts of so many probabilities, by default as many as suit where nothing is kept."""
+        return groups.split(max(1, (entries or CHUNK_ENTRIES // 8) // self.config.num_visual_words))
 
     def embed_chunk(self, groups: torch.Tensor) -> torch.Tensor:
-        """`embed` in one piece."""
-        scores = self.scores(groups)
-        if self.config.tokenize_function == "softmax":
-            return self.table(scores.softmax(dim=-1))
+        """`forward` in one piece."""
+        scores, ids = self.scores(groups), None
         if self.config.tokenize_function == "gumbel_argmax" and self.training:
             noise = -torch.empty_like(scores).exponential_().log()
             scores = (scores + noise) / self.config.tau
-        ids = scores.argmax(dim=-1)
-        if not torch.is_grad_enabled():
-            return self.table(ids)
-        return self.table.choose(scores.softmax(dim=-1), ids)
+        if self.config.tokenize_function != "softmax":
+            ids = scores.argmax(dim=-1)
+            if not scores.requires_grad:
+                return self.table(ids)
+        # Indicators have no probability. To cut the table instead would make the gradient of the cut a second table.
+        indicators = scores.new_full((len(scores), self.config.num_visual_indicators), float("-inf"))
+        return self.table(torch.cat((scores, indicators), dim=-1).softmax(dim=-1), ids)
 
-    def assemble(self, views: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def assemble(self, views: list[torch.Tensor], images: list[ImageViews]) -> list[torch.Tensor]:
         """
-        The tokens of one image, with indicators.
+        The tokens of images, with indicators.
 
         Args:
-            views (`float[P, n, Dt]`): the whole picture, then its tiles row by row.
-            grid: rows and columns of tiles.
+            views: for each image `float[P, n, Dt]`, the whole picture, then its tiles row by row.
+            images: what each is seen as.
 
         Returns:
-            `float[K, Dt]`
+            `float[K, Dt]` for each image.
         """
         first, count = self.config.num_visual_words, self.config.num_visual_indicators
-        indicators = self.table(torch.arange(first, first + count, device=views.device)).to(views.dtype)
-        pieces = [
-            views[number] if kind == "view" else indicators[number : number + 1]
-            for kind, number in layout(grid, count)
-        ]
-        return torch.cat(pieces)
+        # Once for all images: every look-up has a gradient as large as the table
+        rows = self.table(torch.arange(first, first + count, device=self.table.weight.device))
+        pieces = {"indicator": rows.to(views[0].device, views[0].dtype).split(1)}
+        tokens = []
+        for own, image in zip(views, images, strict=True):
+            pieces["view"] = own
+            tokens.append(
+                torch.cat([pieces[kind][number] for kind, number in layout(image.grid, count, image.is_clip)])
+            )
+        return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,17 +413,21 @@ class ZooVetModel(ZooModel):
     config: ZooVetConfig
 
     def build_tower(self, config: ZooVetConfig) -> None:
+        if config.native_resolution:
+            self.vision_tower = build_native_tower(config.vision_config, config.feature_layers)
+            return
         self.vision_tower = build_part(config.vision_config, "vision tower")
         cut_tower(self.vision_tower, config.feature_layers, last_hidden_state=config.tower_norm)
 
     def build_connector(self, config: ZooVetConfig) -> None:
-        self.connector = VetConnector(config)
+        self.connector = VetConnector(config, feature_width(self.vision_tower))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, VisualEmbeddingTable):
-            # The mean of many words is short: of V words e / V of this variance is left, not far from that of words
+            # As Ovis does: tokens are means of many words, and those are short. Of V words about e / V of the variance
+            # is left, which for the usual V is that of a language model's embeddings.
             init.normal_(module.weight, mean=0.0, std=1.0)
 
     def see(self, pixel_values: torch.Tensor, **kwargs) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
@@ -484,51 +479,111 @@ class ZooVetModel(ZooModel):
             return pixel_values
         return torch.cat([views[: num_views(grid)] for views, grid in zip(pixel_values, grids, strict=True)])
 
+    def look(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, list[ImageViews]]:
+        """
+        Sees images, which are given as `get_image_features` takes them.
+
+        Returns:
+            The tower's output, the features `float[n, D]` of all tokens that are no indicators, and whose they are.
+        """
+        if not self.config.native_resolution:
+            if image_grid_thw is not None:
+                raise ValueError(
+                    "image_grid_thw is for native resolution, which this model has not: was this batch made by the "
+                    "processor of another model?"
+                )
+            grids = self.tile_grids(pixel_values, image_sizes)
+            outputs, patches = self.see(self.views(pixel_values, grids), **kwargs)
+            groups = self.connector.join(patches)  # [P, n, D]
+            return (
+                outputs,
+                groups.flatten(0, 1),
+                [ImageViews(num_views(grid), groups.shape[1], grid) for grid in grids],
+            )
+        if image_grid_thw is None:
+            raise ValueError(
+                f"pixel_values {list(pixel_values.shape)} came without image_grid_thw, the patches of each image: was "
+                "this batch made by the processor of another model?"
+            )
+        config, grids = self.config, torch.as_tensor(image_grid_thw)
+        check_patches(config.vision_config, pixel_values, grids, config.hidden_stride)
+        with torch.set_grad_enabled(self.tower_needs_graph(pixel_values)):
+            outputs, patches = see_natively(
+                self.vision_tower,
+                pixel_values,
+                grids,
+                config.feature_layers,
+                config.hidden_stride,
+                config.num_prefix_tokens,
+                config.position_interpolation,
+                **kwargs,
+            )
+        groups = torch.cat(patches, dim=-1).unflatten(0, (-1, config.hidden_stride**2)).flatten(1)
+        counts = [math.prod(grid) // config.hidden_stride**2 for grid in grids.tolist()]
+        clips = (grids[:, 0] > 1).tolist()
+        images = [ImageViews(1, count, (1, 1), clip) for count, clip in zip(counts, clips, strict=True)]
+        return outputs, groups, images
+
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.LongTensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
         Images to tokens.
 
         Args:
-            pixel_values: `float[I, C, H, W]`; with `max_tiles` `float[I, P, C, H, W]`, padded with blank views.
+            pixel_values:
+                `float[I, C, H, W]`; with `max_tiles` `float[I, P, C, H, W]`, padded with blank views; at native
+                resolution `float[N, C * F * P * P]`, the patches of all images.
             image_sizes (`int[I, 2]`): height and width of the original images; tiles need them.
+            image_grid_thw (`int[I, 3]`):
+                Patches of each image in time, height and width; native resolution needs them.
 
         Returns:
             The tower's output with `pooler_output`: one `float[K, Dt]` for each image, indicators among them.
         """
-        grids = self.tile_grids(pixel_values, image_sizes)
-        outputs, patches = self.see(self.views(pixel_values, grids), **kwargs)
-        views = self.connector(patches).split([num_views(grid) for grid in grids])
-        outputs.pooler_output = list(map(self.connector.assemble, views, grids))
+        outputs, groups, images = self.look(pixel_values, image_sizes, image_grid_thw, **kwargs)
+        tokens = self.connector(groups).split([image.views * image.tokens for image in images])
+        views = [own.unflatten(0, (image.views, -1)) for own, image in zip(tokens, images, strict=True)]
+        outputs.pooler_output = self.connector.assemble(views, images)
         return outputs
 
     @torch.no_grad()
-    def visual_words(
-        self, pixel_values: torch.Tensor, image_sizes: torch.LongTensor | None = None, top_k: int = 1
-    ) -> list[VisualWords]:
+    def visual_words(self, pixel_values: torch.Tensor, top_k: int = 1, **vision_inputs) -> list[VisualWords]:
         """
         Which words images use.
 
         Args:
-            pixel_values, image_sizes: as `get_image_features` takes them.
+            pixel_values, vision_inputs: as `get_image_features` takes them.
             top_k: how many words of every token.
 
         Returns:
             For each image the words of its tokens, view by view, the whole picture first.
+
+        Raises:
+            ValueError: more words than there are, or what `get_image_features` refuses.
         """
-        grids = self.tile_grids(pixel_values, image_sizes)
-        patches = self.see(self.views(pixel_values, grids))[1]
-        groups = join_neighbours(patches, self.connector.grid, self.config.hidden_stride)
-        best = [self.connector.tokenize(chunk).topk(top_k) for chunk in self.connector.chunks(groups.flatten(0, 1))]
-        sizes = [num_views(grid) * groups.shape[1] for grid in grids]
-        ids, probabilities = (
-            torch.cat(parts).split(sizes) for parts in ([b.indices for b in best], [b.values for b in best])
-        )
-        return list(itertools.starmap(VisualWords, zip(ids, probabilities, strict=True)))
+        if not 1 <= top_k <= self.config.num_visual_words:
+            raise ValueError(f"top_k is {top_k}, expected 1 to {self.config.num_visual_words}, the visual words.")
+        _, groups, images = self.look(pixel_values, **vision_inputs)
+        best = [self.connector.tokenize(chunk).topk(top_k) for chunk in self.connector.chunks(groups)]
+        sizes = [image.views * image.tokens for image in images]
+        probabilities, ids = (torch.cat(parts).split(sizes) for parts in zip(*best, strict=True))
+        return [VisualWords(*words) for words in zip(ids, probabilities, strict=True)]
 
     def dummy_vision_inputs(self) -> dict[str, torch.Tensor]:
+        if self.config.native_resolution:
+            return blank_patches(self.config.vision_config, self.config.hidden_stride, self.device, self.dtype)
         inputs = super().dummy_vision_inputs()
         if self.config.max_tiles is None:
             return inputs
@@ -566,7 +621,11 @@ class ZooVetProcessor(ZooProcessor):
     vision_feature_select_strategy (`"default"` or `"full"`): as in the config.
     hidden_stride (`int`): as in the config.
     num_visual_indicators (`int`): as in the config.
+
+    Clips need native resolution.
     """
+
+    takes_clips = True
 
     def __init__(
         self,
@@ -598,9 +657,13 @@ class ZooVetProcessor(ZooProcessor):
 
     @classmethod
     def image_fields_from(cls, config: ZooVetConfig) -> dict:
+        if config.native_resolution:
+            return native_image_fields(config, config.hidden_stride)
         return {**super().image_fields_from(config), "do_pad_to_square": True, "max_tiles": config.max_tiles}
 
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
+        if self.image_processor.merge_size is not None:
+            return self.num_grid_tokens(*self.image_processor.patch_grid(height, width, **images_kwargs))
         size = self.image_processor.processed_size(height, width, **images_kwargs)
         rows, columns = (
             math.ceil(edge // patch / self.hidden_stride)
@@ -610,6 +673,18 @@ class ZooVetProcessor(ZooProcessor):
         grid = self.image_processor.tile_grid(height, width, **images_kwargs) or (1, 1)
         kinds = [kind for kind, _ in layout(grid, self.num_visual_indicators)]
         return kinds.count("view") * (rows * columns + prefix) + kinds.count("indicator")
+
+    def num_grid_tokens(self, frames: int, rows: int, columns: int) -> int:
+        """How many placeholders an image or a clip of so many patches becomes, at native resolution."""
+        indicators = len(layout((1, 1), self.num_visual_indicators)) - 1
+        return frames * rows * columns // self.hidden_stride**2 + indicators
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        if "image_grid_thw" not in image_inputs:
+            return super().replace_image_token(image_inputs, image_idx, **kwargs)
+        return self.image_text(
+            self.num_grid_tokens(*(int(edge) for edge in image_inputs["image_grid_thw"][image_idx]))
+        )
 
 
 publish(ZooVetConfig)
