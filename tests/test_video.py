@@ -466,13 +466,17 @@ def test_rows_of_a_collator_may_hold_clips(processor):
     [
         (["<video>", "<video><video>"], 2, r"Found 3 markers \(row by row \[1, 2\]\) and 2 videos"),
         (["a", "b"], 1, r"Found 0 markers \(row by row \[0, 0\]\) and 1 videos"),
-        (["<video>"], None, r"Found 1 markers \(row by row \[1\]\) and 0 videos"),
     ],
 )
 def test_videos_and_markers_that_differ_in_number_are_counted_on_both_sides(processor, text, videos, message):
-    videos = None if videos is None else [film(2)] * videos
     with pytest.raises(ValueError, match=message):
-        processor(text=text, videos=videos)
+        processor(text=text, videos=[film(2)] * videos)
+
+
+def test_a_video_that_is_missing_is_counted(processor):
+    for images in (None, [film(1)[0]]):
+        with pytest.raises(ValueError, match=r"Found 1 markers \(row by row \[1\]\) and 0 videos"):
+            processor(text=["<image> and <video>"], images=images)
 
 
 def test_a_row_that_has_the_video_of_another_is_named(processor):

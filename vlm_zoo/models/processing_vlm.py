@@ -249,8 +249,8 @@ class ZooProcessor(ProcessorMixin):
         samples = [text] if isinstance(text, str) else text
         if not isinstance(samples, list | tuple) or not all(isinstance(sample, str) for sample in samples):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}: {text!r:.80}")
-        if not videos and (images is None or not any(self.video_token in sample for sample in samples)):
-            return images  # text alone passes with its markers, as it does with image tokens
+        if not videos and not any(self.video_token in sample for sample in samples):
+            return images
         markers = self._markers(samples)
         self._check_videos([row.count("video") for row in markers], len(videos), in_rows)
         pictures, places = flat_items(images), sum(row.count("image") for row in markers)
