@@ -552,11 +552,12 @@ def missing_parts(tokenizer: Path, image_processor: Path) -> list[str]:
     return [part for part, found in there.items() if not found]
 
 
-def name_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer whose `image_token` has that name; it is added where the vocabulary lacks it."""
+def name_image_token(tokenizer: PreTrainedTokenizerBase, image_token: str, **others: str) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer whose `image_token` has that name, and others likewise; it is added where the vocabulary
+    lacks it."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder, image_token=image_token)
+        return AutoTokenizer.from_pretrained(folder, image_token=image_token, **others)
 
 
 def write_hub_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

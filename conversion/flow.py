@@ -307,6 +307,7 @@ def prove(
     rows: Sequence[parity.Row] | Callable[[nn.Module], list[parity.Row]],
     prompt: str = "",
     *,
+    sizes: Sequence[tuple[int, int]] | None = None,
     zoo_model: Callable[[PreTrainedModel], nn.Module] = lambda model: model,
     zoo_processor: Callable[[ProcessorMixin], Callable] = lambda processor: processor,
 ) -> dict:
@@ -319,6 +320,8 @@ def prove(
         folder: what it was converted to.
         rows: random pixels and ids, or what makes them once the source's model is there.
         prompt: a text with image tokens, for the processors.
+        sizes: heights and widths of random images for the processors, neither of them grown while the other shrinks;
+            by default those that a tower of one size treats differently.
         zoo_model, zoo_processor: give the zoo's the outputs or inputs of the source's.
 
     Returns:
@@ -326,9 +329,10 @@ def prove(
     """
     before, decode, inputs = [], None, ["random pixels and ids"] if rows else []
     if source.processor is not None:
-        zoo, size = type(source.zoo_processor).from_pretrained(folder), source.config.vision_config.image_size
+        zoo = type(source.zoo_processor).from_pretrained(folder)
+        size = 0 if sizes else source.config.vision_config.image_size
         before, pictures = parity.compare_processors(
-            source.processor, zoo_processor(zoo), prompt, parity.probe_sizes(size), size
+            source.processor, zoo_processor(zoo), prompt, sizes or parity.probe_sizes(size), size
         )
         rows, decode = [*pictures, *rows], source.processor.decode
         inputs = ["random images through the source's processor", *inputs]

@@ -26,8 +26,11 @@ from .engine import ConversionError, write_json
 REPORT = "parity.json"
 TOLERANCE = 1e-5
 NEW_TOKENS = 16
+# Two correct resizers differ by one 8-bit level, by two where one side grows and the other shrinks, and elsewhere in a
+# few values of a million.
+RARE = 1e-5
 # What an image's features are made of beside its pixels.
-VISION_INPUTS = ("image_sizes", "qformer_input_ids", "qformer_attention_mask")
+VISION_INPUTS = ("image_sizes", "image_grid_thw", "qformer_input_ids", "qformer_attention_mask")
 STAGES = ("vision_tower", "connector", "language_model.first_layer", "language_model.last_layer", "logits")
 
 
@@ -231,8 +234,7 @@ def compare_processors(
     source: ProcessorMixin, zoo: ProcessorMixin, prompt: str, sizes: Iterable[tuple[int, int]], tower_size: int
 ) -> tuple[list[dict], list[Row]]:
     """
-    Compares ids and pixels of random images. Two correct resizers may differ by one 8-bit level, by two where one side
-    grows and the other shrinks.
+    Compares ids and pixels of random images; what two correct resizers may differ by is said at `RARE`.
 
     Args:
         source, zoo: the processors.
@@ -255,8 +257,11 @@ def compare_processors(
             if name in theirs
         )
         allowed = 2.0 if (height < tower_size) != (width < tower_size) else 1.0
-        levels = ((theirs["pixel_values"] - ours["pixel_values"]).abs() / level).double()
-        pixels_equal &= levels.max().item() <= allowed + 0.01
+        difference = (theirs["pixel_values"] - ours["pixel_values"]).abs()
+        if difference.ndim == 2:  # patches, channel by channel
+            difference = difference.unflatten(1, (len(level), -1, 1))
+        levels = (difference / level).double()
+        pixels_equal &= levels.max().item() <= 2.01 and (levels > allowed + 0.01).double().mean().item() <= RARE
         largest, limit = max(largest, levels.max().item()), max(limit, allowed)
         means.append(levels.mean().item())
         rows.append(
