@@ -32,6 +32,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Siglip2Config,
     SiglipConfig,
     SiglipModel,
@@ -44,8 +46,8 @@ import vlm_zoo
 from vlm_zoo import building
 from vlm_zoo.building import BuildError, build
 from vlm_zoo.chat_templates import plain_template
-from vlm_zoo.models.parts_vlm import measure_tower
-from vlm_zoo.testing import TINY_TEXT, TINY_VISION, tiny_tokenizer
+from vlm_zoo.models.parts_vlm import build_part, measure_tower
+from vlm_zoo.testing import TINY_NATIVE_VISION, TINY_TEXT, TINY_VISION, tiny_tokenizer
 
 
 # Each family's own template, as TRL ships it, and the special tokens in it; the last one ends a turn.
@@ -171,6 +173,36 @@ def test_a_tower_is_found_inside_a_vision_language_model(parts, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("arch", ["mrope", "vet"])
+@pytest.mark.parametrize("vision", TINY_NATIVE_VISION)
+def test_a_tower_of_patches_is_built_into_an_architecture_of_native_resolution(parts, tmp_path, image, vision, arch):
+    tower = build_part(AutoConfig.for_model(**TINY_NATIVE_VISION[vision]), "vision tower")
+    tower.save_pretrained(tmp_path / "vision")
+    fields = {"hidden_stride": 2, "visual_vocab_size": 512} if arch == "vet" else {}
+    model, processor = build(arch, tmp_path / "vision", parts.language("llama"), tmp_path / "built", **fields)
+    batch = ask(processor, image)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "built")
+    torch.testing.assert_close(model(**batch).logits, again(**batch).logits, rtol=0, atol=1e-6)
+    kept = dict(model.model.vision_tower.named_parameters())
+    assert kept and all(torch.equal(kept[name], dict(tower.named_parameters())[name]) for name in kept)
+
+
+def test_a_tower_is_found_inside_a_model_of_native_resolution(parts, tmp_path):
+    tiny = {name: TINY_NATIVE_VISION["qwen2_vl"][name] for name in ("depth", "embed_dim", "num_heads", "patch_size")}
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {
+        "intermediate_size": 32,
+        "vocab_size": 40,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+    }
+    config = Qwen2VLConfig(vision_config={**tiny, "hidden_size": 32}, text_config=text)
+    whole = Qwen2VLForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "whole")
+    model, _ = build("mrope", tmp_path / "whole", parts.language("llama"))
+    name = "blocks.1.attn.qkv.weight"
+    assert torch.equal(model.model.vision_tower.get_parameter(name), whole.model.visual.get_parameter(name))
+
+
 def test_a_decoder_is_found_inside_a_vision_language_model(parts, tmp_path):
     config = Gemma3Config(
         vision_config=TINY_VISION["siglip"],

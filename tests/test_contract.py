@@ -20,6 +20,26 @@ def test_architecture_keeps_the_promise(model_type, text, subjects):
     check_vlm(*subjects[model_type], only=text).raise_if_failed()
 
 
+# Architectures whose towers and positions can be quite different from those of the tiny default.
+VARIANTS = {
+    "mrope-deepstack": ("zoo_mrope", {"vision": "qwen3_vl", "text": "qwen3", "deepstack_layers": [1]}),
+    "mrope-windows": ("zoo_mrope", {"vision": "qwen2_5_vl", "text": "gemma3", "mrope_layout": "chunked"}),
+    "vet-native": ("zoo_vet", {"vision": "qwen3_vl", "hidden_stride": 2, "num_visual_indicators": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict:
+    models = {name: tiny_model(model_type, **fields) for name, (model_type, fields) in VARIANTS.items()}
+    return {name: (model, tiny_processor(VARIANTS[name][0], model.config)) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("text", [text for text in PROMISES if "door" not in text])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_keeps_the_promise(name, text, variants):
+    check_vlm(*variants[name], only=text).raise_if_failed()
+
+
 @pytest.mark.parametrize("model_type", ZOO)
 def test_tiny_models_are_tiny(model_type, subjects):
     model, processor = subjects[model_type]
