@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -111,6 +112,16 @@ def test_a_number_of_frames_is_taken_of_frames_of_unknown_speed_too():
 
 def test_a_video_with_fewer_frames_than_asked_gives_all_of_them():
     assert len(read_clip(film(3), num_frames=8).frames) == 3
+
+
+def test_frames_are_taken_as_a_data_set_without_features_stores_them():
+    frames = film(3)
+    stored = Dataset.from_list([{"images": [frames]}])[0]["images"][0]
+    assert isinstance(stored[0], dict)
+    clip = read_clip(stored)
+    assert [frame.convert("RGB").tobytes() for frame in clip.frames] == [frame.tobytes() for frame in frames]
+    with pytest.raises(VideoError, match="a frame of 3 bytes that are no picture"):
+        read_clip([{"bytes": b"abc", "path": None}])
 
 
 def test_frames_of_unknown_speed_were_sampled_at_two_a_second():

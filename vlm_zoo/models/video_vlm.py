@@ -12,6 +12,7 @@ second.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -144,11 +145,23 @@ def _is_picture(item: Any) -> bool:
     return isinstance(item, PIL.Image.Image) or number_of_axes(item) in (2, 3)
 
 
+def _opened(frame: Any) -> Any:
+    """A frame as `datasets` stores it where nothing says that it is an image, or as it came."""
+    if not isinstance(frame, Mapping) or not {"bytes", "path"} <= frame.keys():
+        return frame
+    if frame["bytes"] is None:
+        return frame["path"]
+    try:
+        return PIL.Image.open(BytesIO(frame["bytes"]))
+    except PIL.UnidentifiedImageError as error:
+        raise VideoError(f"has a frame of {len(frame['bytes'])} bytes that are no picture") from error
+
+
 def _frames(video: Any) -> list:
     if number_of_axes(video) == 4:
         frames = list(video)
     elif isinstance(video, list | tuple):
-        frames = list(video)
+        frames = list(map(_opened, video))
         for index, frame in enumerate(frames):
             if not _is_picture(frame) and not isinstance(frame, str | os.PathLike):
                 raise VideoError(
