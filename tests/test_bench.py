@@ -10,10 +10,24 @@ import torch
 from torch import nn
 
 from vlm_zoo import cli
-from vlm_zoo.bench import Row, Scale, blip2_rows, engine, flamingo_rows, measure, peak, rows, run, table, vet_rows
+from vlm_zoo.bench import (
+    Row,
+    Scale,
+    blip2_rows,
+    engine,
+    flamingo_rows,
+    measure,
+    mrope_rows,
+    peak,
+    rows,
+    run,
+    table,
+    vet_rows,
+)
 from vlm_zoo.bench.engine import Case, Entry, Equality, NotRun, close, same
 from vlm_zoo.bench.measure import Timing, one_thread, peak_of, take_turns
 from vlm_zoo.models.modeling_vlm import ZooPreTrainedModel
+from vlm_zoo.models.mrope import ZooMropeModel
 
 
 TINY = Scale(
@@ -137,6 +151,64 @@ def test_other_weights_make_a_row_of_the_visual_head_unequal(name, part, monkeyp
 
     monkeypatch.setattr(vet_rows, "Ovis2Head", Spoiled)
     assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("mrope_tower", "vision_tower"),
+        ("mrope_tower", "connector.merger"),
+        ("mrope_prefill", "language_model"),
+        ("mrope_prefill_deepstack", "connector.deepstack_mergers"),
+        ("mrope_decode", "language_model"),
+        ("mrope_step", "vision_tower.patch_embed"),
+    ],
+)
+def test_other_weights_make_a_row_of_mrope_unequal(name, part, monkeypatch):
+    convert = mrope_rows.zoo_from_transformers
+
+    def spoiled(peer):
+        model = convert(peer)
+        with torch.no_grad():
+            for parameter in model.model.get_submodule(part).parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+    monkeypatch.setattr(mrope_rows, "zoo_from_transformers", spoiled)
+    assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+@pytest.mark.parametrize("name", ["mrope_positions", "mrope_positions_padded"])
+def test_other_positions_make_a_row_unequal(name, monkeypatch):
+    count = ZooMropeModel.positions
+
+    def shifted(self, *inputs):
+        positions, deltas = count(self, *inputs)
+        return positions + 1, deltas
+
+    monkeypatch.setattr(ZooMropeModel, "positions", shifted)
+    assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+@pytest.mark.parametrize("name", ["mrope_patch_embedding", "mrope_pixels", "mrope_tower"])
+def test_a_still_image_whose_second_frame_differs_makes_a_row_unequal(name, monkeypatch):
+    def doubled(patches):
+        return torch.stack((patches.unflatten(1, (3, -1)), 0.5 * patches.unflatten(1, (3, -1))), dim=2).flatten(1)
+
+    monkeypatch.setattr(mrope_rows, "doubled", doubled)
+    assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+def test_tokens_continued_without_the_carry_make_a_row_unequal(monkeypatch):
+    prefill = mrope_rows.Sides.prefill
+    monkeypatch.setattr(mrope_rows.Sides, "prefill", lambda *inputs: (*prefill(*inputs)[:2], {}))
+    assert not engine.ROWS["mrope_decode"].build(TINY).compare().equal
+
+
+def test_the_images_of_a_row_have_several_shapes_and_the_same_number_of_tokens():
+    grids = mrope_rows.image_grids(TINY)
+    assert len(grids.unique(dim=0)) == 3 and (grids % 2 == torch.tensor([1, 0, 0])).all()
+    assert (grids.prod(dim=1) == TINY.image_tokens).all()
 
 
 def test_a_mask_that_shows_other_images_makes_a_row_unequal(monkeypatch):

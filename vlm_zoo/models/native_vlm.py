@@ -97,7 +97,7 @@ class PatchEmbedding(nn.Module):
         """`float[N, C * F * P * P]`, or of a single frame `float[N, C * P * P]`, to `float[N, Dv]`."""
         weight = self.proj.weight  # [Dv, C, F, P, P]
         if patches.shape[-1] * weight.shape[2] == weight[0].numel():
-            weight = weight.sum(dim=2)
+            weight = sum(weight.unbind(dim=2))  # several times faster than a reduction over so short an axis
         return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
