@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 
+from vlm_zoo import ZOO
 from vlm_zoo.testing import tiny_model, tiny_processor
 from vlm_zoo.testing.promises import Subject
 
@@ -61,6 +62,35 @@ def test_a_conversation_goes_on_from_its_cache(subject):
     assert torch.equal(from_cache, whole)
 
 
+@pytest.mark.parametrize("model_type", ZOO)
+def test_a_conversation_with_a_new_image_goes_on_from_its_cache_given_all_images(model_type):
+    torch.manual_seed(0)
+    model = tiny_model(model_type)
+    subject = Subject(model, tiny_processor(model_type, model.config), tolerance=1e-4)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    first, second = subject.image(1), subject.image(2, 64, 48)
+    cache = DynamicCache(config=model.config.get_text_config())
+    batch = subject.batch([{"text": subject.asked("what?"), "images": [first]}])
+    answered = model.generate(**batch, past_key_values=cache, **options)
+    again = subject.batch([{"text": f"and {subject.image_token} this?", "images": [second]}])
+    both = subject.batch([{"text": subject.image_token * 2, "images": [first, second]}])
+    ids = torch.cat([answered, again["input_ids"]], dim=1)
+    rest = {name: value for name, value in both.items() if name not in ("input_ids", "attention_mask")}
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **rest}
+    from_cache = model.generate(**whole, past_key_values=cache, **options)
+    assert torch.equal(from_cache, model.generate(**whole, **options))
+
+
+def test_places_behind_images_in_a_cache_need_those_images():
+    model = tiny_model("zoo_mrope")
+    subject = Subject(model, tiny_processor("zoo_mrope", model.config), tolerance=1e-4)
+    batch = subject.batch(subject.ragged[:1])
+    cache = DynamicCache(config=model.config.get_text_config())
+    ids = model.generate(**batch, past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match="give all images of the prompt again"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3)
+
+
 def test_a_direct_step_with_a_cache_equals_one_pass(subject):
     batch = subject.batch(subject.ragged[:1])
     logits = subject.logits(batch)
@@ -83,7 +113,14 @@ def test_images_are_encoded_once_for_many_samples(subject, monkeypatch):
     assert len(calls) == 1
 
 
-def test_the_decode_step_compiles_whole_and_once(subject):
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("zoo_llava", {}), ("zoo_llava", {"image_grid_pinpoints": [[32, 64], [64, 64]]}), ("zoo_mrope", {})],
+)
+def test_the_decode_step_compiles_whole_and_once(model_type, fields):
+    torch.manual_seed(0)
+    model = tiny_model(model_type, **fields)
+    subject = Subject(model, tiny_processor(model_type, model.config), tolerance=1e-4)
     batch = subject.batch(subject.ragged)
     expected = subject.generate(batch)
     torch._dynamo.reset()

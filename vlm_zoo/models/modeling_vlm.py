@@ -734,9 +734,27 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*VISION_INPUTS, *QUERY_INPUTS, "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
-        elif self.model.reads_question and model_inputs.get("input_ids") is not None:
-            model_inputs["carry"] = WholePrompt(input_ids, kwargs.get("attention_mask"))
+        elif model_inputs.get("input_ids") is not None:
+            if self.model.reads_question:
+                model_inputs["carry"] = WholePrompt(input_ids, kwargs.get("attention_mask"))
+            if is_first_iteration and self.model.places_features:
+                self._leave_out_cached_images(model_inputs, input_ids)
         return model_inputs
+
+    def _leave_out_cached_images(self, model_inputs: dict[str, Any], input_ids: torch.LongTensor) -> None:
+        """Where the prompt begins in a kept cache, the features of its placeholders there are left out."""
+        encoded = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+        cached = input_ids.shape[1] - model_inputs["input_ids"].shape[1]
+        if encoded is None or cached <= 0:
+            return
+        mask = self.model.placeholder_mask(input_ids, None)
+        features = torch.cat(list(encoded.pooler_output))
+        if len(features) != mask.sum():
+            return  # images of the rest alone
+        columns = mask.nonzero()[:, 1]  # of each feature, row by row as the features are
+        rest = features[columns >= cached]
+        rest = type(encoded)(pooler_output=[rest]) if len(rest) else None
+        model_inputs["mm_encoder_outputs"] = {**model_inputs["mm_encoder_outputs"], "image": rest}
 
     def _prepare_generation_config(self, *args, **kwargs):
         """As in transformers; placeholders are suppressed whatever else the caller suppresses, and a prompt with

@@ -34,7 +34,6 @@ from .modeling_vlm import (
     ZooImageOutput,
     ZooModel,
     encoded_inputs,
-    holds_images,
 )
 from .native_vlm import (
     blank_patches,
@@ -565,28 +564,43 @@ class ZooMropeForConditionalGeneration(ZooForConditionalGeneration, GenerationMi
     base_model_class = ZooMropeModel
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """As in transformers; for a prompt with images `int[3, B, T]`."""
+        """
+        As in transformers; for a prompt with images `int[3, B, T]`.
+
+        Behind a kept cache the images may be those of the whole prompt or, with the carry of what the cache holds,
+        those of the rest.
+        """
         numbers = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        if self.config.mrope_layout == "none" or not holds_images(model_kwargs):
-            carry = model_kwargs.get("carry")
-            return numbers if carry is None else (numbers + carry).expand(3, -1, -1)
+        carry, cache = model_kwargs.get("carry"), model_kwargs.get("past_key_values")
+        past, length = 0 if cache is None else cache.get_seq_length(), numbers.shape[1]
+        if self.config.mrope_layout == "none":
+            return numbers
         ids = model_kwargs.get("input_ids")
         if ids is None or ids.shape[1] == 0:
             ids = inputs_tensor
-        has_ids, cache = ids.ndim == 2, model_kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        visual = self.model.placeholder_mask(ids if has_ids else None, None if has_ids else ids)
-        visual = visual[:, past - numbers.shape[1] :]  # those of a cache have their places
+        visual = self.model.placeholder_mask(*((ids, None) if ids.ndim == 2 else (None, ids)))
+        rest = visual[:, past - length :]
+        side, padding = self.config.spatial_merge_size, model_kwargs.get("attention_mask")
         encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         vision_inputs = encoded_inputs(model_kwargs.get("mm_encoder_outputs")) or {
-            name: model_kwargs[name] for name in ("image_grid_thw", "image_position_ids") if name in model_kwargs
+            name: model_kwargs[name]
+            for name in ("image_grid_thw", "image_position_ids")
+            if model_kwargs.get(name) is not None
         }
+        found = int(vision_inputs["image_grid_thw"].prod(dim=1).sum()) // side**2 if vision_inputs else 0
+        if past and found and found == visual.sum() and visual.shape[1] == length:
+            rest, past, carry = visual, 0, None  # the whole prompt, and all its images
+        elif past and carry is None and visual[:, : visual.shape[1] - rest.shape[1]].any():
+            raise ValueError(
+                "The cached beginning of the prompt holds images, whose places move what follows: give all images of "
+                "the prompt again, as pixel_values or mm_encoder_outputs, or the carry of the model's outputs."
+            )
+        if not vision_inputs:
+            return numbers if carry is None else (numbers + carry).expand(3, -1, -1)
         if encoded is not None:
-            self.model.check_placeholders(visual, list(encoded.pooler_output))
-        positions, _ = self.model.positions(
-            visual, vision_inputs, model_kwargs.get("attention_mask"), past, model_kwargs.get("carry")
-        )
-        return torch.cat((numbers[:, :past].expand(3, len(visual), -1), positions), dim=2)
+            self.model.check_placeholders(rest, list(encoded.pooler_output))
+        positions, _ = self.model.positions(rest, vision_inputs, padding, past, carry)
+        return torch.cat((numbers[:, :past].expand(3, len(rest), -1), positions), dim=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
