@@ -1,29 +1,67 @@
-"""Visual embedding tables to the zoo, in memory.
+"""Visual embedding tables to the zoo.
 
-    from conversion.vet import read_upstream, zoo_from_transformers
+    python -m conversion.vet SRC DST                to the zoo, verified; DST/parity.json holds the proof
+    python -m conversion.vet SRC --dry-run          show which tensor becomes which
+    python -m conversion.vet SRC DST --verify       prove a conversion that exists already
 
-    zoo_from_transformers(model)                    Ovis2ForConditionalGeneration of transformers
-    read_upstream(folder, image_token_id)           Ovis 1.6 and 2 as AIDC-AI's code writes them
+SRC is a folder or a hub id in one of these formats:
 
-The two formats of Ovis 2 compute different features: transformers' passes the tower's last norm, AIDC-AI's does not.
-The config says which (`tower_norm`), and the numbers stay the source's. When Ovis 1.6 was written, Gemma 2 multiplied
-the embeddings of images too: that factor is part of the table here. Ovis 2.5 reads images at their own size, for which
-there is no tower here; it is refused by name.
+    transformers    Ovis2ForConditionalGeneration of version 4 or 5
+    Ovis            1.6, 2 and 2.5, as AIDC-AI's code writes them
+
+Where a format and the zoo differ, the config says so and the numbers stay the source's:
+
+    transformers' Ovis2 passes the tower's last norm, AIDC-AI's code does not: `tower_norm`.
+    Indicators have ids of their own upstream; here they are placeholders of their image.
+    AIDC-AI's code has no image token: one is added behind the vocabulary, with the mean embedding where the model has
+    no row.
+    When Ovis 1.6 was written, Gemma 2 multiplied the embeddings of images too: that factor is part of the table here,
+    which is float32 then.
+    transformers' processor takes the rows of a grid for columns; here a picture is cut as its grid was chosen, so
+    pictures whose grid has as many rows as columns come out the same, and the others do not.
+    A source that samples words (`gumbel_argmax`) is proven with the most probable ones.
+    Ovis 2.5 has the tower of Qwen3-VL with `position_interpolation="bicubic"`; its pictures are bounded as its code
+    does by default, and each frame of a clip like a picture. Its code first grows a side that is shorter than a token;
+    such pictures may get another size here. A side of more than 200 times the other it shortens; here it is refused.
+    Its video of a single frame has a clip's indicators, here it is an image.
+
+Ovis 1.0 and 1.5 are refused, and so is 2.5 with attention within windows.
 """
 
 import copy
+import math
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import Aimv2VisionConfig, AutoConfig, Ovis2Config, Ovis2ForConditionalGeneration, PreTrainedConfig
+from torch import nn
+from transformers import (
+    Aimv2VisionConfig,
+    AutoImageProcessor,
+    BatchFeature,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
+    Ovis2Processor,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_zoo.models.vet import ZooVetConfig, ZooVetForConditionalGeneration
+from vlm_zoo.chat_templates import find_template, response_tokens
+from vlm_zoo.models.geometry_vlm import covering_grid
+from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
+from vlm_zoo.models.native_vlm import patch_geometry
+from vlm_zoo.models.parts_vlm import pair
+from vlm_zoo.models.vet import ZooVetConfig, ZooVetForConditionalGeneration, ZooVetProcessor, layout, num_views
 
-from . import engine, flow
-from .engine import ConversionError, Table, TensorInfo
+from . import engine, flow, llava_original, ovis, ovis2_5, parity
+from .engine import ConversionError, Table, Target, TensorInfo
+from .flow import Source
 
+
+# How transformers' processor writes the tokens of an image, and where one goes.
+ATOM, INDICATORS = "<IMG_ATOM>", ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+IMAGE_TOKEN = "<image>"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
@@ -42,73 +80,9 @@ FROM_OVIS2: Table = (
     (r"^lm_head\.(.+)$", r"lm_head.\1"),
 )
 
-_TRUNK = r"^visual_tokenizer\.backbone\.trunk\.blocks\.(\d+)"
-_LAYER = r"model.vision_tower.encoder.layers.\1"
-FROM_UPSTREAM: Table = (
-    (r"^llm\.model\.(.+)$", r"model.language_model.\1"),
-    (r"^llm\.lm_head\.(.+)$", r"lm_head.\1"),
-    (r"^vte\.(.+)$", r"model.connector.table.\1"),
-    (r"^visual_tokenizer\.head\.0\.(.+)$", r"model.connector.head.\1"),
-    (r"^visual_tokenizer\.head\.1\.(.+)$", r"model.connector.norm.\1"),
-    (
-        r"^visual_tokenizer\.backbone\.preprocessor\.pos_embed$",
-        "model.vision_tower.embeddings.position_embedding.weight",
-    ),
-    (
-        r"^visual_tokenizer\.backbone\.preprocessor\.patchifier\.proj\.(.+)$",
-        r"model.vision_tower.embeddings.patch_embed.\1",
-    ),
-    (
-        r"^visual_tokenizer\.backbone\.preprocessor\.patchifier\.norm\.(.+)$",
-        r"model.vision_tower.embeddings.rms_norm.\1",
-    ),
-    (rf"{_TRUNK}\.norm_([12])\.(.+)$", rf"{_LAYER}.rms_norm\2.\3"),
-    (rf"{_TRUNK}\.attn\.qkv\.([qkv])\.(.+)$", rf"{_LAYER}.attention.\2_proj.\3"),
-    (rf"{_TRUNK}\.attn\.proj\.(.+)$", rf"{_LAYER}.attention.out_proj.\2"),
-    (rf"{_TRUNK}\.mlp\.fc1\.(.+)$", rf"{_LAYER}.ffn.gate_proj.\2"),
-    (rf"{_TRUNK}\.mlp\.fc3\.(.+)$", rf"{_LAYER}.ffn.up_proj.\2"),
-    (rf"{_TRUNK}\.mlp\.fc2\.(.+)$", rf"{_LAYER}.ffn.down_proj.\2"),
-    (r"^visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.(.+)$", r"model.vision_tower.rms_norm.\1"),
-    (r"^visual_tokenizer\.backbone\.(?:vision_model\.)?(.+)$", r"model.vision_tower.\1"),
-)
-
-
-def apart(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors of an AIMv2 as transformers has them: queries, keys and values apart, positions as a table."""
-    prepared = {}
-    for name, info in tensors.items():
-        if ".trunk." in name and ".attn.qkv." in name:
-            pieces = engine.split_rows(info, [info.shape[0] // 3] * 3)
-            prepared |= {
-                name.replace(".qkv.", f".qkv.{part}."): piece for part, piece in zip("qkv", pieces, strict=True)
-            }
-        elif name.endswith(".preprocessor.pos_embed"):
-            prepared[name] = replace(info, shape=tuple(info.shape[1:]))
-        else:
-            prepared[name] = info
-    return prepared
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Configs
 # ---------------------------------------------------------------------------------------------------------------------
-
-AIMV2_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "rms_norm_eps",
-    "attention_dropout",
-    "qkv_bias",
-)
-# Language models that multiplied all embeddings when Ovis was written with them, those of images too; today they
-# multiply those of text alone.
-SCALES_ALL_EMBEDDINGS = ("gemma", "gemma2")
-TOWERS = ("clip_vision_model", "siglip_vision_model", "aimv2")
 
 
 def zoo_config(source: Ovis2Config, max_tiles: int | None = None, tied: bool | None = None) -> ZooVetConfig:
@@ -122,7 +96,7 @@ def zoo_config(source: Ovis2Config, max_tiles: int | None = None, tied: bool | N
     """
     vision, text = source.vision_config, copy.deepcopy(source.text_config)
     text.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
-    fields = (*AIMV2_FIELDS, "mlp_bias", "hidden_act", "initializer_range")
+    fields = (*ovis.AIMV2_FIELDS, "mlp_bias", "hidden_act", "initializer_range")
     return ZooVetConfig(
         vision_config=Aimv2VisionConfig(**{name: getattr(vision, name) for name in fields}, use_head=False),
         text_config=text,
@@ -140,59 +114,303 @@ def zoo_config(source: Ovis2Config, max_tiles: int | None = None, tied: bool | N
     )
 
 
-def upstream_config(
-    raw: Mapping, tensors: Iterable[str], num_words: int, image_token_id: int, max_tiles: int | None
-) -> ZooVetConfig:
-    """
-    The zoo's config of an upstream Ovis.
-
-    Args:
-        raw: its `config.json`.
-        tensors: the names of what it holds.
-        num_words: words that a patch can become.
-        image_token_id: a token of the language model that no text contains; upstream its ids are negative.
-        max_tiles: see `ZooVetConfig`; upstream it is an option of a call, 9 by default.
-
-    Raises:
-        ConversionError: another format, or a tower that the zoo has not.
-    """
-    if raw.get("model_type") != "ovis":
-        raise ConversionError(
-            f"The checkpoint is of model type '{raw.get('model_type')}', this reads 'ovis' (Ovis 1.6 and 2). Ovis 2.5 "
-            "('ovis2_5') reads images at their own size, for which the zoo has no tower."
-        )
-    tokenizer = raw["visual_tokenizer_config"]
-    return ZooVetConfig(
-        vision_config=upstream_tower(tokenizer["backbone_config"]),
-        text_config=AutoConfig.for_model(**raw["llm_config"]),
-        image_token_id=image_token_id,
-        num_prefix_tokens=1 if tokenizer["backbone_config"]["model_type"] == "clip_vision_model" else 0,
-        vision_feature_select_strategy="default" if tokenizer.get("drop_cls_token") else "full",
-        visual_vocab_size=tokenizer["vocab_size"],
-        num_visual_indicators=tokenizer["vocab_size"] - num_words,
-        hidden_stride=tokenizer.get("hidden_stride", 1),
-        tokenize_function=tokenizer["tokenize_function"],
-        tau=tokenizer.get("tau", 1.0),
-        head_layer_norm="visual_tokenizer.head.1.weight" in tensors,
-        max_tiles=max_tiles,
-        dtype=torch.float32 if raw.get("torch_dtype") is None else getattr(torch, raw["torch_dtype"]),
-        architectures=["ZooVetForConditionalGeneration"],
-    )
-
-
-def upstream_tower(raw: Mapping) -> PreTrainedConfig:
-    """The tower's config; an unknown tower is a `ConversionError`."""
-    if raw["model_type"] not in TOWERS:
-        raise ConversionError(f"The tower is of model type '{raw['model_type']}'; this reads {', '.join(TOWERS)}.")
-    if raw["model_type"] != "aimv2":
-        return AutoConfig.for_model(**raw)
-    return Aimv2VisionConfig(
-        **{name: raw[name] for name in AIMV2_FIELDS}, mlp_bias=raw.get("use_bias", False), use_head=False
-    )
+def is_tied(source: Ovis2Config, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether head and embeddings are one tensor: files of version 4 hold an untied head under a config that does not
+    say so."""
+    names = ("lm_head.weight", "model.language_model.embed_tokens.weight")
+    if not source.tie_word_embeddings or any(name not in tensors for name in names):
+        return source.tie_word_embeddings
+    return torch.equal(*dict(engine.read_tensors({name: tensors[name] for name in names})).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# To the zoo
+# Processors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tiles_of(image_processor) -> int | None:
+    """Into how many tiles transformers' processor cuts an image at most; `None` where an image has one view."""
+    kind = flow.class_name(image_processor)
+    if kind != "Ovis2ImageProcessor":
+        raise ConversionError(f"The source's image processor is a {kind}, expected an Ovis2ImageProcessor.")
+    if not image_processor.crop_to_patches or image_processor.max_patches == 1:
+        return None
+    if not image_processor.use_covering_area_grid:
+        raise ConversionError(
+            "The source's image processor chooses tiles by the aspect ratio (use_covering_area_grid is false); the "
+            "zoo's chooses the smallest grid that covers the image."
+        )
+    return image_processor.max_patches
+
+
+def zoo_processor(
+    tokenizer, image_token: str, config: ZooVetConfig, template: str | None, **pixels
+) -> ZooVetProcessor:
+    """
+    The zoo's processor for a model of this config.
+
+    Args:
+        tokenizer: of the language model.
+        image_token: how an image is written.
+        template: a chat template, where the tokenizer's is not meant.
+        pixels: fields of the image processor.
+    """
+    tokenizer = engine.name_image_token(tokenizer, image_token)
+    flow.check_image_token(tokenizer, image_token, config.image_token_id)
+    return ZooVetProcessor(
+        ZooImageProcessor(**pixels, do_center_crop=False, max_tiles=config.max_tiles),
+        tokenizer,
+        chat_template=find_template(tokenizer, image_token, template)[0],
+        **ZooVetProcessor.fields_from(config),
+    )
+
+
+def one_placeholder(input_ids: torch.Tensor, indicator_ids: Iterable[int], image_token_id: int) -> torch.Tensor:
+    """Ids `int[B, T]` of an Ovis as the zoo has them: indicators are placeholders of their image."""
+    indicators = torch.tensor(list(indicator_ids), device=input_ids.device)
+    return input_ids.masked_fill(torch.isin(input_ids, indicators), image_token_id)
+
+
+def image_ids(
+    grid: tuple[int, int], tokens: int, atom: int, indicators: tuple[int, ...], is_clip: bool = False
+) -> torch.Tensor:
+    """
+    The ids `int[K]` of an image upstream.
+
+    Args:
+        grid: rows and columns of its tiles.
+        tokens: of a view.
+        atom, indicators: ids upstream.
+        is_clip: whether it has several frames.
+    """
+    ids = []
+    for kind, number in layout(grid, len(indicators), is_clip):
+        ids += [atom] * tokens if kind == "view" else [indicators[number]]
+    return torch.tensor(ids)
+
+
+class UpstreamPrompts:
+    """transformers' processor; the size of a picture comes along, which the zoo's model reads."""
+
+    def __init__(self, processor: Ovis2Processor):
+        self.processor, self.image_processor = processor, processor.image_processor
+
+    def __call__(self, images, text, return_tensors="pt") -> BatchFeature:
+        batch = self.processor(images=images, text=text, return_tensors=return_tensors)
+        batch["image_sizes"] = torch.tensor([[image.height, image.width] for image in images])
+        return batch
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.tokenizer.decode(ids)
+
+
+class ZooPrompts:
+    """The zoo's processor, given and giving what upstream's is and does: its image token, ids, and flat views."""
+
+    def __init__(self, processor: ZooVetProcessor, atom: int, indicators: tuple[int, ...]):
+        self.processor, self.atom, self.indicators = processor, atom, indicators
+
+    def __call__(self, images, text, return_tensors="pt") -> BatchFeature:
+        zoo, (image,) = self.processor, images
+        text = [sample.replace(IMAGE_TOKEN, zoo.image_token) for sample in text]
+        batch = zoo(images=images, text=text, return_tensors=return_tensors)
+        grid = zoo.image_processor.tile_grid(image.height, image.width) or (1, 1)
+        places = batch["input_ids"] == zoo.image_token_id
+        tokens = (int(places.sum()) - len(layout(grid, len(self.indicators))) + num_views(grid)) // num_views(grid)
+        own = image_ids(grid, tokens, self.atom, self.indicators)
+        batch["input_ids"] = batch["input_ids"].masked_scatter(places, own)
+        if zoo.image_processor.max_tiles is not None:
+            batch["pixel_values"] = batch["pixel_values"][0]
+        batch["image_sizes"] = torch.tensor([[image.height, image.width]])
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_source(
+    name: str | Path,
+    *,
+    tokenizer: str | None = None,
+    image_processor: str | None = None,
+    max_tiles: int | None = None,
+) -> Source:
+    """
+    Looks at a checkpoint: finds its format, maps its config, and plans where its tensors go.
+
+    Args:
+        name: folder or hub id; a folder whose one subfolder is the checkpoint will do.
+        tokenizer, image_processor: folders or hub ids to take instead of the source's own.
+        max_tiles: into how many tiles an image is cut at most; by default as many as the processor of transformers
+            says, or 9, the default of AIDC-AI's code.
+    """
+    folder = engine.checkpoint_folder(engine.local_folder(name), ("ovis2", ovis.MODEL_TYPE, *ovis2_5.MODEL_TYPES))
+    raw_config = engine.read_json(folder / "config.json")
+    homes = {
+        part: engine.local_folder(given) if given else folder
+        for part, given in {"tokenizer": tokenizer, "image_processor": image_processor}.items()
+    }
+    missing = engine.missing_parts(**homes)
+    flow.warn_of_missing(str(name), missing)
+    if raw_config.get("model_type") == "ovis2":
+        return _open_transformers(str(name), folder, raw_config, None if missing else homes, max_tiles)
+    if ovis2_5.is_ovis2_5(raw_config):
+        if max_tiles is not None:
+            raise ConversionError(f"max_tiles is {max_tiles}, but Ovis 2.5 cuts no tiles: images keep their own size.")
+        return _open_native(str(name), folder, raw_config, homes, bool(missing))
+    return _open_upstream(str(name), folder, raw_config, homes, bool(missing), max_tiles)
+
+
+def _open_transformers(
+    name: str, folder: Path, raw_config: dict, homes: Mapping[str, Path] | None, max_tiles: int | None
+) -> Source:
+    upstream_config = Ovis2Config.from_pretrained(folder)
+    tensors, processor = engine.read_checkpoint(folder), None
+    if homes is not None:
+        processor = flow.read_processor(Ovis2Processor, folder, homes["image_processor"], homes["tokenizer"])
+        max_tiles = tiles_of(processor.image_processor) if max_tiles is None else max_tiles
+        processor.image_processor.crop_to_patches = max_tiles is not None
+        processor.image_processor.max_patches = max_tiles or 1
+    config = zoo_config(upstream_config, max_tiles, is_tied(upstream_config, tensors))
+    zoo = None
+    if processor is not None:
+        processor.image_seq_length = tokens_of_view(config)  # old files leave it to the model
+        zoo = _zoo_processor_of(processor, upstream_config, config)
+        config.response_token_ids = response_tokens(zoo.tokenizer, zoo.chat_template)
+    return Source(
+        name=name,
+        kind="ovis2",
+        folder=folder,
+        raw_config=raw_config,
+        config=config,
+        model_class=ZooVetForConditionalGeneration,
+        tensors=tensors,
+        plan=engine.plan_tensors(
+            tensors, FROM_OVIS2, flow.zoo_target(ZooVetForConditionalGeneration, config, flow.IGNORED), name
+        ),
+        load=lambda: UpstreamOvis2(parity.load_strictly(Ovis2ForConditionalGeneration, folder)),
+        implementation="transformers' Ovis2ForConditionalGeneration",
+        processor=None if processor is None else UpstreamPrompts(processor),
+        zoo_processor=zoo,
+    )
+
+
+def _zoo_processor_of(source: Ovis2Processor, upstream_config: Ovis2Config, config: ZooVetConfig) -> ZooVetProcessor:
+    """The zoo's processor with the tokens and pixels of transformers' processor."""
+    found = source.tokenizer.convert_tokens_to_ids([ATOM, *INDICATORS])
+    expected = [upstream_config.image_token_id, *upstream_config.visual_indicator_token_ids]
+    if found != expected:
+        raise ConversionError(
+            f"The tokenizer's {ATOM} and indicators are {found}, the model's are {expected}: tokenizer and model "
+            "belong to different checkpoints."
+        )
+    template = source.chat_template or source.tokenizer.chat_template
+    return zoo_processor(
+        source.tokenizer,
+        ATOM,
+        config,
+        template and template.replace(IMAGE_TOKEN, ATOM),
+        **flow.pixel_settings(source.image_processor),
+    )
+
+
+def _open_upstream(
+    name: str, folder: Path, raw_config: dict, homes: Mapping[str, Path], incomplete: bool, max_tiles: int | None
+) -> Source:
+    tensors = engine.read_checkpoint(folder) if raw_config.get("model_type") == ovis.MODEL_TYPE else {}
+    ovis.check(raw_config, tensors)
+    had = raw_config["llm_config"]["vocab_size"]
+    tokenizer, image_token_id = _with_image_token(homes["tokenizer"], had)
+    processor = zoo = None
+    config = ovis.zoo_config(raw_config, tensors, image_token_id, ovis.MAX_TILES if max_tiles is None else max_tiles)
+    if not incomplete:
+        pixels = AutoImageProcessor.from_pretrained(homes["image_processor"], trust_remote_code=False)
+        processor = ovis.OriginalProcessor(tokenizer, pixels, config)
+        height, width = pair(config.vision_config.image_size)
+        settings = {**flow.pixel_settings(pixels), "size": {"height": height, "width": width}}
+        zoo = zoo_processor(tokenizer, IMAGE_TOKEN, config, None, **settings, do_pad_to_square=True)
+        config.response_token_ids = response_tokens(zoo.tokenizer, zoo.chat_template)
+    target = flow.zoo_target(ZooVetForConditionalGeneration, config, flow.IGNORED)
+    prepared = ovis.apart(tensors)
+    shapes, edits = _grown_vocabulary(config, had, target)
+    if ovis.scaled(config) is not None:
+        edits[ovis.TABLE] = ovis.scaled(config)
+    return Source(
+        name=name,
+        kind="ovis",
+        folder=folder,
+        raw_config=raw_config,
+        config=config,
+        model_class=ZooVetForConditionalGeneration,
+        tensors=prepared,
+        plan=engine.plan_tensors(prepared, ovis.FROM_UPSTREAM, target, name, shapes),
+        load=lambda: ovis.OriginalOvis(raw_config, config, tensors, folder),
+        implementation="what Ovis' code computes, on transformers' tower and language model",
+        processor=processor,
+        zoo_processor=zoo,
+        vocab_size=had,
+        edits=edits,
+    )
+
+
+def _open_native(name: str, folder: Path, raw_config: dict, homes: Mapping[str, Path], incomplete: bool) -> Source:
+    tensors = engine.read_checkpoint(folder)
+    ovis2_5.check(raw_config, tensors)
+    had = raw_config["llm_config"]["vocab_size"]
+    tokenizer, image_token_id = _with_image_token(homes["tokenizer"], had)
+    config = ovis2_5.zoo_config(raw_config, tensors, image_token_id)
+    processor = zoo = None
+    if not incomplete:
+        pixels = AutoImageProcessor.from_pretrained(homes["image_processor"], trust_remote_code=False)
+        processor = ovis2_5.OriginalProcessor(tokenizer, pixels, config)
+        settings = {**flow.pixel_settings(pixels), **ovis2_5.patch_settings(config)}
+        zoo = zoo_processor(tokenizer, IMAGE_TOKEN, config, None, **settings)
+        config.response_token_ids = response_tokens(zoo.tokenizer, zoo.chat_template)
+    target = ovis2_5.without_mergers(flow.zoo_target(ZooVetForConditionalGeneration, config))
+    prepared = ovis2_5.together(tensors, config)
+    shapes, edits = _grown_vocabulary(config, had, target)
+    return Source(
+        name=name,
+        kind="ovis2_5",
+        folder=folder,
+        raw_config=raw_config,
+        config=config,
+        model_class=ZooVetForConditionalGeneration,
+        tensors=prepared,
+        plan=engine.plan_tensors(prepared, ovis2_5.FROM_UPSTREAM, target, name, shapes),
+        load=lambda: ovis2_5.OriginalOvis2_5(raw_config, tensors, folder),
+        implementation="what Ovis' code computes, on transformers' language model",
+        processor=processor,
+        zoo_processor=zoo,
+        vocab_size=had,
+        edits=edits,
+    )
+
+
+def _with_image_token(home: Path, vocab_size: int) -> tuple[PreTrainedTokenizerBase | None, int]:
+    """The tokenizer of an AIDC-AI folder with an image token, if there is one, and the token's id."""
+    if not engine.has_tokenizer(home):
+        return None, vocab_size
+    tokenizer = ovis.read_tokenizer(home)
+    return tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def _grown_vocabulary(config: ZooVetConfig, had: int, target: Target) -> tuple[dict, dict]:
+    """The shapes that embeddings and head have in a source of `had` words, and the edits that make them the zoo's;
+    none where they have room for the image token."""
+    rows, shapes, edits = config.text_config.vocab_size, {}, {}
+    if rows > had:
+        with torch.device("meta"):
+            vocabulary = ZooVetForConditionalGeneration(config)._tied_weights_keys.items()
+        for key in (key for both in vocabulary for key in both):
+            shapes[key], edits[key] = (had, *target.wanted[key][1:]), llava_original.grow(rows)
+    return shapes, edits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In memory
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -208,47 +426,190 @@ def zoo_from_transformers(
         model: an Ovis2.
         max_tiles: see `ZooVetConfig`.
     """
-    # A file of version 4 may hold an untied head under a config that says otherwise
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     config = zoo_config(model.config, max_tiles, tied)
     return flow.in_memory(model, ZooVetForConditionalGeneration, config, FROM_OVIS2)
 
 
-def read_upstream(
-    folder: str | Path, image_token_id: int, max_tiles: int | None = 9
-) -> ZooVetForConditionalGeneration:
+# ---------------------------------------------------------------------------------------------------------------------
+# Proof
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPT = f"What is shown here? {IMAGE_TOKEN}\nAnd what is beside it?"
+
+
+class UpstreamOvis2(nn.Module):
     """
-    The zoo's model with the weights of a folder that AIDC-AI's code wrote, in eval mode.
+    transformers' Ovis2 with the outputs that a proof compares.
+
+    Where it samples words, the most probable ones are taken: samples of two models cannot be compared.
+    """
+
+    def __init__(self, upstream: Ovis2ForConditionalGeneration):
+        super().__init__()
+        self.upstream, self.generation_config = upstream, upstream.generation_config
+        if upstream.config.vision_config.tokenize_function == "gumbel_argmax":
+            upstream.config.vision_config.tokenize_function = "st_argmax"
+        self.model = nn.Module()
+        self.model.vision_tower = UpstreamTower(upstream.model.vision_tower.transformer)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        self.model.vision_tower(pixel_values)
+        features = self.upstream.get_image_features(pixel_values, return_dict=True).pooler_output
+        return BaseModelOutputWithPooling(pooler_output=list(features))
+
+    def forward(self, image_sizes=None, **kwargs):
+        return self.upstream(**kwargs)
+
+    def generate(self, image_sizes=None, **kwargs) -> torch.Tensor:
+        return self.upstream.generate(**kwargs)
+
+
+class UpstreamTower(nn.Module):
+    """An Ovis2's tower up to its last norm, with a place for the hidden states that it does not return."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        last = self.tower.encoder(self.tower.embeddings(pixel_values)).last_hidden_state
+        return BaseModelOutputWithPooling(last, hidden_states=(*[None] * len(self.tower.encoder.layers), last))
+
+
+class ZooStages(nn.Module):
+    """The zoo's model with the inputs of upstream's, ids of indicators and flat views, and features without
+    indicators."""
+
+    def __init__(self, zoo: ZooVetForConditionalGeneration, atom: int, indicators: tuple[int, ...]):
+        super().__init__()
+        self.zoo, self.model, self.generation_config = zoo, zoo.model, zoo.generation_config
+        self.own_ids = (atom, *indicators)
+
+    def get_image_features(self, return_dict=True, **images) -> BaseModelOutputWithPooling:
+        _, groups, _ = self.model.look(**self.images(**images))
+        return BaseModelOutputWithPooling(pooler_output=[self.model.connector(groups)])
+
+    def images(self, pixel_values, image_sizes=None, image_grid_thw=None) -> dict[str, torch.Tensor]:
+        """What the zoo's model takes of images."""
+        if self.zoo.config.native_resolution:
+            return {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        if self.zoo.config.max_tiles is None:
+            return {"pixel_values": pixel_values}
+        return {"pixel_values": pixel_values[None], "image_sizes": image_sizes}
+
+    def translated(self, input_ids, pixel_values, image_sizes=None, image_grid_thw=None, **kwargs) -> dict:
+        """What it takes of a text and its images."""
+        ids = one_placeholder(input_ids, self.own_ids, self.zoo.config.image_token_id)
+        return {"input_ids": ids, **self.images(pixel_values, image_sizes, image_grid_thw), **kwargs}
+
+    def forward(self, **kwargs):
+        return self.zoo(**self.translated(**kwargs))
+
+    def generate(self, **kwargs) -> torch.Tensor:
+        return self.zoo.generate(**self.translated(**kwargs))
+
+
+def prove(source: Source, folder: Path) -> dict:
+    """
+    Runs the source's implementation and the zoo's on the same inputs: random pixels and ids, in every grid of tiles
+    that the probe's sizes ask for, or images and clips of several sizes; with a processor, also random images through
+    both processors.
+
+    Returns:
+        The report, `passed` or not.
+    """
+    own = (ovis.ATOM, ovis.INDICATORS if source.kind == "ovis" else ovis2_5.INDICATORS)
+    if source.kind == "ovis2":
+        ids = source.raw_config.get("visual_indicator_token_ids", Ovis2Config().visual_indicator_token_ids)
+        own = (source.config.image_token_id, tuple(ids))
+    return flow.prove(
+        source,
+        folder,
+        random_rows(source.config, *own),
+        PROMPT,
+        zoo_model=lambda model: ZooStages(model, *own),
+        zoo_processor=lambda processor: ZooPrompts(processor, *own),
+        sizes=probe_sizes(source.config, squares=source.kind == "ovis2"),
+    )
+
+
+def tokens_of_view(config: ZooVetConfig) -> int:
+    """How many tokens the tower's view of an image becomes."""
+    size, patch = pair(config.vision_config.image_size), pair(config.vision_config.patch_size)
+    rows, columns = (-(-(edge // part) // config.hidden_stride) for edge, part in zip(size, patch, strict=True))
+    return rows * columns + (config.num_prefix_tokens if config.vision_feature_select_strategy == "full" else 0)
+
+
+def probe_sizes(config: ZooVetConfig, squares: bool = False) -> list[tuple[int, int]]:
+    """
+    Heights and widths of images that are treated differently.
 
     Args:
-        folder: with `config.json` and safetensors.
-        image_token_id, max_tiles: see `upstream_config`.
-
-    Raises:
-        ConversionError: the folder cannot be read completely.
+        squares: only those whose grid has as many rows as columns, which alone transformers cuts as it was chosen.
     """
-    folder = Path(folder)
-    raw, tensors = engine.read_json(folder / "config.json"), engine.read_checkpoint(folder)
-    head = tensors.get("visual_tokenizer.head.0.weight")
-    if head is None:
-        raise ConversionError(f"{folder} has no visual_tokenizer.head.0.weight, it is no Ovis 1.6 or 2.")
-    config = upstream_config(raw, tensors, head.shape[0], image_token_id, max_tiles)
-    tensors = apart(tensors)
-    target = flow.zoo_target(ZooVetForConditionalGeneration, config)
-    plan = engine.plan_tensors(tensors, FROM_UPSTREAM, target, str(folder))
-    kept = set(plan.kept())
-    state = {
-        plan.names[name]: tensor.reshape(tensors[name].shape)
-        for name, tensor in engine.read_tensors(tensors)
-        if name in kept
-    }
-    if config.text_config.model_type in SCALES_ALL_EMBEDDINGS:
-        state["model.connector.table.weight"] *= config.text_config.hidden_size**0.5
-    model = ZooVetForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
-    return model.eval()
+    if config.native_resolution:
+        edge = config.vision_config.patch_size * config.hidden_stride
+        return ovis2_5.probe_sizes(edge)
+    side = pair(config.vision_config.image_size)[0]
+    sizes = parity.probe_sizes(side)
+    if config.max_tiles is None:
+        return sizes
+    sizes += [(2 * side, 2 * side - 1), (side, 2 * side + 1), (3 * side - 1, side)]
+    grids = {size: covering_grid(size, side, config.max_tiles) for size in sizes}
+    return [size for size, (rows, columns) in grids.items() if not squares or rows == columns]
 
 
-def one_placeholder(input_ids: torch.Tensor, indicator_ids: Iterable[int], image_token_id: int) -> torch.Tensor:
-    """Ids `int[B, T]` of an Ovis2 as the zoo has them: indicators are placeholders of their image."""
-    indicators = torch.tensor(list(indicator_ids), device=input_ids.device)
-    return input_ids.masked_fill(torch.isin(input_ids, indicators), image_token_id)
+# Grids of images and clips in a row, in tokens.
+NATIVE_GRIDS = (
+    [[1, 2, 3]],
+    [[1, 2, 2], [1, 1, 5], [1, 4, 2]],
+    [[3, 2, 3]],
+    [[1, 2, 4], [2, 3, 2], [1, 2, 2]],
+)
+
+
+def random_rows(config: ZooVetConfig, atom: int, indicators: tuple[int, ...]) -> list[parity.Row]:
+    """Random pixels and ids, with the ids that an image has upstream."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    plain = parity.plain_tokens(config)
+    plain = plain[~torch.isin(plain, torch.tensor(indicators))]
+    if config.native_resolution:
+        square, values = config.hidden_stride**2, patch_geometry(config.vision_config).values
+        for grids in NATIVE_GRIDS:
+            pieces = parity.random_text(plain, (4,), generator)
+            for grid in grids:
+                pieces.append(image_ids((1, 1), math.prod(grid), atom, indicators, is_clip=grid[0] > 1))
+                pieces += parity.random_text(plain, (3,), generator)
+            pixels = torch.randn(square * sum(map(math.prod, grids)), values, generator=generator)
+            sides = torch.tensor([1, config.hidden_stride, config.hidden_stride])
+            images = {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids) * sides}
+            rows.append(parity.Row(parity.text_inputs(torch.cat(pieces)), images))
+        return rows
+    side, channels = pair(config.vision_config.image_size)[0], config.vision_config.num_channels
+    for size in probe_sizes(config):
+        grid = (1, 1) if config.max_tiles is None else covering_grid(size, side, config.max_tiles)
+        before, after = parity.random_text(plain, (4, 6), generator)
+        ids = torch.cat((before, image_ids(grid, tokens_of_view(config), atom, indicators), after))
+        pixels = torch.randn(num_views(grid), channels, side, side, generator=generator)
+        rows.append(parity.Row(parity.text_inputs(ids), {"pixel_values": pixels, "image_sizes": torch.tensor([size])}))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCRIPT = flow.Script("vet", open_source, prove, ("tokenizer", "image_processor", "max_tiles"))
+convert, verify = SCRIPT.convert, SCRIPT.verify
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
+    parser = engine.command_line("conversion.vet", __doc__, reverse=False)
+    parser.add_argument("--max-tiles", type=int, help="tiles of an image, at most; by default the source's, or 9")
+    return engine.run(parser, SCRIPT.job, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

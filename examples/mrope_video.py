@@ -2,10 +2,11 @@
 
     python examples/mrope_video.py runs/mrope_video                 # about ten minutes on two CPU cores
 
-First the demo's small parts learn the drawings on tiles. Then every row is one clip of six frames: as text timestamps
-(`--video-time timestamps`, as Qwen3-VL), as time ids in seconds (`seconds`, as Qwen2.5-VL), or counted (`index`, as
-Qwen2-VL). The answers are scored beside a blind baseline, which sees another row's clip, and beside the same clips
-with their frames shuffled, in which no direction is left.
+A small tower of Qwen3-VL's kind, whose patches span two frames, and the demo's language model learn the drawings on
+tiles. Then every row is one clip of six frames, in three time steps: with text timestamps (`--video-time timestamps`,
+as Qwen3-VL), with time ids in seconds (`seconds`, as Qwen2.5-VL), or counted (`index`, as Qwen2-VL). The answers are
+scored beside a blind baseline, which sees another row's clip, and beside the same clips with their frames shuffled, in
+which no direction is left.
 """
 
 import argparse
@@ -14,8 +15,15 @@ import random
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    SiglipImageProcessorPil,
+)
 from trl import SFTConfig
 
 from vlm_zoo import ZOO, build, data
@@ -24,6 +32,29 @@ from vlm_zoo.demo.recipe import FAST
 from vlm_zoo.demo.train import train_stage
 from vlm_zoo.evaluation.answering import evaluate_rows
 from vlm_zoo.training import LeanSFTTrainer, ZooDataCollator
+
+
+TOWER = {
+    "model_type": "qwen3_vl_vision",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "depth": 1,
+    "num_heads": 4,
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 1,
+    "num_position_embeddings": 9,
+    "deepstack_visual_indexes": [],
+    "initializer_range": 0.12,
+}
+
+
+def write_tower(folder: Path) -> Path:
+    """Writes an untrained tower, with how its pixels are normalised."""
+    torch.manual_seed(FAST.seed)
+    AutoModel.from_config(AutoConfig.for_model(**TOWER)).save_pretrained(folder)
+    SiglipImageProcessorPil().save_pretrained(folder)
+    return folder
 
 
 class ClipCollator(ZooDataCollator):
@@ -57,9 +88,9 @@ def main() -> None:
     options = parser.parse_args()
     out, stage = options.out, FAST.stages[0]
     small = ZOO["zoo_mrope"].config.small_fields(FAST.vision["hidden_size"], from_scratch=True)
-    vision, language = write_parts(FAST, out / "parts")
-    fields = {**small, "video_time": options.video_time, "vision_feature_layer": -1}
-    build("mrope", vision, language, out / "built", overwrite=True, **fields)
+    _, language = write_parts(FAST, out / "parts")
+    vision = write_tower(out / "parts" / "tower")
+    build("mrope", vision, language, out / "built", overwrite=True, video_time=options.video_time, **small)
     if not (out / "drawings").exists():
         train_stage(stage, out / "built", out / "drawings", FAST.seed)
 

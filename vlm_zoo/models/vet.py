@@ -51,7 +51,7 @@ from .processing_vlm import ZooProcessor
 # chunk again instead of keeping it. Where nothing is kept, chunks are an eighth of that, which is as fast.
 CHUNK_ENTRIES = 2**26
 
-# Words whose scores are computed at once on a CPU; see `VisualHead`.
+# Words whose scores a CPU computes at once where nothing is kept; see `VisualHead`.
 BLOCK_WORDS = 512
 
 
@@ -64,7 +64,7 @@ class ZooVetConfig(ZooConfig):
     num_visual_indicators (`int`):
         Its last rows, which no patch becomes: 5 mark start, end of the whole picture, columns, rows and end of an
         image (Ovis 1.6 and 2), 4 start and end of an image, and of a clip (Ovis 2.5), 2 its start and end (Ovis 1), 0
-        nothing.
+        nothing. A clip is what has several patches in time.
     hidden_stride (`int`):
         Edge of the square of neighbouring patches that become one token, side by side in its features. Patches are
         filled up with zeros at the bottom and at the right.
@@ -150,6 +150,13 @@ class ZooVetConfig(ZooConfig):
                 f"Expected 1 <= min_image_tokens <= max_image_tokens <= max_clip_tokens, got {self.min_image_tokens}, "
                 f"{self.max_image_tokens} and {self.max_clip_tokens}."
             )
+        has_table = self.native_resolution and hasattr(self.vision_config, "num_position_embeddings")
+        if self.position_interpolation is not None and not has_table:
+            raise ValueError(
+                f"position_interpolation is {self.position_interpolation!r}, but this tower "
+                f"({self.vision_config.model_type}) has no table of positions that can be interpolated in another way "
+                "than its own: None."
+            )
         if not self.native_resolution:
             return
         for name, wanted in (
@@ -197,11 +204,16 @@ class VisualHead(nn.Linear):
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
         """`float[N, D]` to `float[N, V]`."""
-        if groups.device.type != "cpu" or torch.compiler.is_compiling():
+        if groups.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(groups)
         # One product into rows as long as a vocabulary takes a CPU 1.3 to 1.6 times as long as blocks side by side:
         # a row lies in pages of its own, and without indicators its length is no multiple of a cache line either.
-        return torch.cat([(words @ groups.t()).t() for words in self.weight.split(BLOCK_WORDS)], dim=1)
+        # In training the gradient of the blocks would be a second weight.
+        scores = groups.new_empty(len(groups), self.out_features)
+        blocks = zip(scores.split(BLOCK_WORDS, dim=1), self.weight.split(BLOCK_WORDS), strict=True)
+        for block, words in blocks:
+            block.copy_((words @ groups.t()).t())
+        return scores
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -392,7 +404,7 @@ class VetConnector(nn.Module):
         first, count = self.config.num_visual_words, self.config.num_visual_indicators
         # Once for all images: every look-up has a gradient as large as the table
         rows = self.table(torch.arange(first, first + count, device=self.table.weight.device))
-        pieces = {"indicator": rows.to(views[0].device, views[0].dtype).split(1)}
+        pieces = {"indicator": rows.split(1)}
         tokens = []
         for own, image in zip(views, images, strict=True):
             pieces["view"] = own
