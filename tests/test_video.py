@@ -422,7 +422,7 @@ def test_options_are_taken_flat_and_as_options_of_videos(processor):
 
 
 def test_an_option_goes_before_the_architectures_own(flamingo, monkeypatch):
-    monkeypatch.setattr(type(flamingo), "videos_kwargs", {"num_frames": 2, "max_frames": 4})
+    monkeypatch.setattr(type(flamingo), "clip_options", {"num_frames": 2, "max_frames": 4})
 
     def frames(**options) -> int:
         batch = flamingo(text=["<video>"], videos=[film(12)], video_metadata={"fps": 4}, **options)

@@ -605,6 +605,10 @@ class ZooFlamingoProcessor(ZooProcessor):
 
     takes_clips = True
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "image_grid_thw"]
+
     @classmethod
     def fields_from(cls, config: ZooFlamingoConfig) -> dict:
         return {}

@@ -39,7 +39,7 @@ _NEEDS_EXPANDED_TEXT = (
 )
 
 
-# Options of `read_clip` that a call, or an architecture's `videos_kwargs`, may give.
+# Options of `read_clip` that a call, or an architecture's `clip_options`, may give.
 _CLIP_OPTIONS = ("fps", "num_frames", "do_sample_frames", "min_frames", "max_frames", "frame_multiple")
 
 
@@ -103,7 +103,7 @@ class ZooProcessor(ProcessorMixin):
         return {"size": {"height": height, "width": width}, "do_center_crop": False}
 
     @property
-    def videos_kwargs(self) -> dict[str, Any]:
+    def clip_options(self) -> dict[str, Any]:
         """Defaults of `read_clip`: as many frames as fill whole patches, where these span several."""
         return {"frame_multiple": self.image_processor.temporal_patch_size}
 
@@ -295,7 +295,7 @@ class ZooProcessor(ProcessorMixin):
                 f"videos_kwargs has {sorted(unknown)}, expected options of sampling: {', '.join(_CLIP_OPTIONS)} and "
                 "video_metadata. Pixels of clips are made as those of images, with images_kwargs."
             )
-        merged = self._merge_kwargs(**kwargs)["videos_kwargs"]
+        merged = {**self.clip_options, **self._merge_kwargs(**kwargs)["videos_kwargs"]}
         given = {*own, *kwargs}
         for one, other in (("fps", "num_frames"), ("num_frames", "fps")):
             if one in given and other not in given:
