@@ -1,6 +1,6 @@
 """M-RoPE on clips: which way does it move, and what moves?
 
-    python examples/mrope_video.py runs/mrope_video                 # about ten minutes on two CPU cores
+    python examples/mrope_video.py runs/mrope_video                 # about fifteen minutes on two CPU cores
 
 A small tower of Qwen3-VL's kind, whose patches span two frames, and the demo's language model learn the drawings on
 tiles. Then every row is one clip of six frames, in three time steps: with text timestamps (`--video-time timestamps`,
@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,10 +84,10 @@ def shuffled(rows: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--epochs", type=float, default=12, help="over the clips (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=24, help="over the clips (default: %(default)s)")
     parser.add_argument("--video-time", choices=("timestamps", "seconds", "index"), default="timestamps")
     options = parser.parse_args()
-    out, stage = options.out, FAST.stages[0]
+    out, stage = options.out, replace(FAST.stages[0], epochs=6)
     small = ZOO["zoo_mrope"].config.small_fields(FAST.vision["hidden_size"], from_scratch=True)
     _, language = write_parts(FAST, out / "parts")
     vision = write_tower(out / "parts" / "tower")
