@@ -199,9 +199,14 @@ def test_a_still_image_whose_second_frame_differs_makes_a_row_unequal(name, monk
     assert not engine.ROWS[name].build(TINY).compare().equal
 
 
-def test_tokens_continued_without_the_carry_make_a_row_unequal(monkeypatch):
+def test_tokens_continued_with_another_carry_make_a_row_unequal(monkeypatch):
     prefill = mrope_rows.Sides.prefill
-    monkeypatch.setattr(mrope_rows.Sides, "prefill", lambda *inputs: (*prefill(*inputs)[:2], {}))
+
+    def forgetful(*inputs):
+        *outputs, carried = prefill(*inputs)
+        return (*outputs, {name: torch.zeros_like(carry) for name, carry in carried.items()})
+
+    monkeypatch.setattr(mrope_rows.Sides, "prefill", forgetful)
     assert not engine.ROWS["mrope_decode"].build(TINY).compare().equal
 
 
