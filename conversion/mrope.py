@@ -16,6 +16,20 @@ Where the format and the zoo differ, the config says so and the numbers stay the
     What stands around a clip of Qwen3-VL is what transformers 5 leaves there: its frames within the marks of vision,
     each with marks of its own. Version 4 took the outer ones away: a tokenizer whose `video_token` is
     `<|vision_start|><|video_pad|><|vision_end|>` does so too.
+
+Pixels of images are the source's, and proven. Clips go through the zoo's processor, which is not compared with
+transformers' video processors and is not theirs in all:
+
+    Which frames, Qwen2-VL and Qwen2.5-VL: theirs samples `arange(0, total, total / n)`, never the last frame, and only
+    when asked to; the zoo's evenly from the first frame to the last, as Qwen3-VL's does.
+    Which size, Qwen2-VL and Qwen2.5-VL: theirs bounds the pixels of each frame, by the `size` of a video processor's
+    own, which is not read. Here a frame has at most the pixels of an image, and all frames of a clip together at least
+    those of the smallest image and at most `max_clip_tokens`.
+    Which size, Qwen3-VL: the most pixels of a clip are those of the video processor's file, where it is there, but a
+    frame has at most those of an image; the fewest pixels of a clip are those of an image, not of that file.
+
+Frames that were chosen and resized as transformers would go in as they are with `do_sample_frames=False` and
+`do_resize=False`.
 """
 
 import copy
@@ -439,18 +453,9 @@ def prove(source: Source, folder: Path) -> dict:
     return flow.prove(source, folder, rows, prompt, sizes=sizes, zoo_processor=ZooFrames)
 
 
-# Grids of images and clips in a row, in tokens.
-GRIDS = (
-    [[1, 2, 3]],
-    [[1, 2, 2], [1, 1, 5], [1, 4, 2]],
-    [[3, 2, 3]],
-    [[1, 2, 4], [2, 3, 2], [1, 2, 2]],
-)
-
-
 def random_rows(config: ZooMropeConfig, video_token_id: int | None = None) -> list[parity.Row]:
     """
-    Random patches and ids of `GRIDS`.
+    Random patches and ids of `parity.NATIVE_GRIDS`.
 
     Args:
         config: the zoo's config.
@@ -459,7 +464,7 @@ def random_rows(config: ZooMropeConfig, video_token_id: int | None = None) -> li
     generator = torch.Generator().manual_seed(0)
     plain, geometry = parity.plain_tokens(config), patch_geometry(config.vision_config)
     plain, rows = plain[plain != video_token_id], []
-    for grids in map(torch.tensor, GRIDS):
+    for grids in map(torch.tensor, parity.NATIVE_GRIDS):
         pieces = parity.random_text(plain, (3,), generator)
         for times, height, width in grids.tolist():
             frames = [1] * times if config.video_time == "timestamps" else [times]

@@ -4,7 +4,7 @@ The code is not run. `OriginalOvis` and `OriginalProcessor` say again what it co
 on transformers' tower, language model and image processor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,14 +70,15 @@ _TOWER: Table = (
     (r"^visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.(.+)$", r"model.vision_tower.rms_norm.\1"),
     (r"^visual_tokenizer\.backbone\.(?:vision_model\.)?(.+)$", r"model.vision_tower.\1"),
 )
-FROM_UPSTREAM: Table = (
+# Of every Ovis.
+BESIDE_THE_TOWER: Table = (
     (r"^llm\.model\.(.+)$", r"model.language_model.\1"),
     (r"^llm\.lm_head\.(.+)$", r"lm_head.\1"),
     (r"^vte\.weight$", TABLE),
     (r"^visual_tokenizer\.head\.0\.(.+)$", r"model.connector.head.\1"),
     (r"^visual_tokenizer\.head\.1\.(.+)$", r"model.connector.norm.\1"),
-    *_TOWER,
 )
+FROM_UPSTREAM: Table = (*BESIDE_THE_TOWER, *_TOWER)
 
 
 def apart(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -112,6 +113,30 @@ AIMV2_FIELDS = (
     "attention_dropout",
     "qkv_bias",
 )
+TEXT_KEYS = ("llm_config.model_type", "llm_config.vocab_size")
+VISUAL_KEYS = ("vocab_size", "tokenize_function", "backbone_config.model_type")
+
+
+def check_keys(raw: Mapping, names: Iterable[str]) -> None:
+    """Raises `ConversionError` that lists which of these keys a `config.json` lacks; a dot leads into an object."""
+    missing = []
+    for name in names:
+        value = raw
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            missing.append(name)
+    if missing:
+        raise ConversionError(
+            f"config.json says that the checkpoint is an Ovis ('{raw.get('model_type')}') and lacks keys that every "
+            "such config has; it may be of another version, or cut short.",
+            {"missing keys": missing},
+        )
+
+
+def stored_dtype(raw: Mapping) -> torch.dtype:
+    """The dtype that a `config.json` says, as version 4 of transformers names it or version 5; float32 without one."""
+    return getattr(torch, raw.get("torch_dtype") or raw.get("dtype") or "float32")
 
 
 def check(raw: Mapping, tensors: Mapping[str, TensorInfo]) -> None:
@@ -121,10 +146,13 @@ def check(raw: Mapping, tensors: Mapping[str, TensorInfo]) -> None:
             f"The checkpoint is of model type '{raw.get('model_type')}', this reads '{MODEL_TYPE}' (Ovis 1.6 and 2), "
             "'ovis2_5' with a vit_config, and transformers' 'ovis2'."
         )
+    check_keys(raw, (*TEXT_KEYS, *(f"visual_tokenizer_config.{name}" for name in VISUAL_KEYS)))
     tokenizer = raw["visual_tokenizer_config"]
     kind, head = tokenizer["backbone_config"]["model_type"], tensors.get("visual_tokenizer.head.0.weight")
     if kind not in TOWERS:
         raise ConversionError(f"The tower is of model type '{kind}'; this reads {', '.join(TOWERS)}.")
+    if kind == "aimv2":
+        check_keys(raw, (f"visual_tokenizer_config.backbone_config.{name}" for name in AIMV2_FIELDS))
     if head is None:
         raise ConversionError("The checkpoint has no visual_tokenizer.head.0.weight, it is no Ovis 1.6 or 2.")
     indicators = tokenizer["vocab_size"] - head.shape[0]
@@ -163,7 +191,7 @@ def zoo_config(raw: Mapping, tensors: Mapping[str, TensorInfo], image_token_id: 
         head_layer_norm="visual_tokenizer.head.1.weight" in tensors,
         max_tiles=max_tiles,
         tie_word_embeddings=text_config.tie_word_embeddings,
-        dtype=getattr(torch, raw.get("torch_dtype") or "float32"),
+        dtype=stored_dtype(raw),
         architectures=["ZooVetForConditionalGeneration"],
     )
 
@@ -190,7 +218,64 @@ def scaled(config: ZooVetConfig) -> Callable[[torch.Tensor], torch.Tensor] | Non
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class OriginalOvis(nn.Module):
+class OriginalLanguageHalf(nn.Module):
+    """
+    What AIDC-AI's code computes from embeddings on, the same for every Ovis.
+
+    Args:
+        raw: its `config.json`.
+        folder: where its generation config is, if it has one.
+    """
+
+    def __init__(self, raw: Mapping, folder: Path):
+        super().__init__()
+        text_config = AutoConfig.for_model(**raw["llm_config"])
+        self.language_model = AutoModelForCausalLM.from_config(text_config, attn_implementation="eager")
+        if (folder / "generation_config.json").is_file():
+            self.language_model.generation_config = GenerationConfig.from_pretrained(folder)
+        self.generation_config = self.language_model.generation_config
+
+    def _load(self, state: Mapping[str, torch.Tensor]) -> None:
+        missing = self.load_state_dict(state, strict=False).missing_keys
+        tied = {"language_model.lm_head.weight"} if self.language_model.config.tie_word_embeddings else set()
+        if set(missing) - tied:
+            raise ConversionError("What Ovis' code computes finds no tensors for:", {"missing": missing})
+
+    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Ids `int[B, T]`, those of images negative, to what the language model reads, `float[B, T, Dt]`."""
+        raise NotImplementedError
+
+    def forward(self, input_ids, pixel_values, attention_mask=None, output_hidden_states=False, **kwargs):
+        return self.language_model(
+            inputs_embeds=self._embed(input_ids, pixel_values, **kwargs),
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids,
+        pixel_values,
+        attention_mask=None,
+        max_new_tokens=None,
+        do_sample=False,
+        suppress_tokens=(),
+        **kwargs,
+    ) -> torch.Tensor:
+        vocab_size = self.language_model.config.vocab_size
+        new = self.language_model.generate(
+            inputs_embeds=self._embed(input_ids, pixel_values, **kwargs),
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            suppress_tokens=[token for token in suppress_tokens if token < vocab_size] or None,
+        )
+        return torch.cat((input_ids, new), dim=1)
+
+
+class OriginalOvis(OriginalLanguageHalf):
     """
     What AIDC-AI's code computes.
 
@@ -198,20 +283,15 @@ class OriginalOvis(nn.Module):
     """
 
     def __init__(self, raw: Mapping, config: ZooVetConfig, tensors: Mapping[str, TensorInfo], folder: Path):
-        super().__init__()
-        self.config, text_config = config, AutoConfig.for_model(**raw["llm_config"])
-        self.model = nn.Module()
+        super().__init__(raw, folder)
+        self.config, self.model = config, nn.Module()
         self.model.vision_tower = build_part(config.vision_config, "vision tower")
         self.model.vision_tower.set_attn_implementation("eager")
-        self.language_model = AutoModelForCausalLM.from_config(text_config, attn_implementation="eager")
-        if (folder / "generation_config.json").is_file():
-            self.language_model.generation_config = GenerationConfig.from_pretrained(folder)
-        self.generation_config = self.language_model.generation_config
         width = config.vision_config.hidden_size * config.hidden_stride**2
         self.head = nn.Sequential(nn.Linear(width, config.num_visual_words, bias=False))
         if config.head_layer_norm:
             self.head.append(nn.LayerNorm(config.num_visual_words))
-        self.vte = nn.Embedding(config.visual_vocab_size, text_config.hidden_size)
+        self.vte = nn.Embedding(config.visual_vocab_size, self.language_model.config.hidden_size)
         self._read(tensors)
         if config.vision_config.model_type == "aimv2":
             self.model.vision_tower.rms_norm = nn.Identity()  # features are taken before it
@@ -223,10 +303,7 @@ class OriginalOvis(nn.Module):
             name = name.replace("llm.", "language_model.", 1) if name.startswith("llm.") else name
             name = name.replace("visual_tokenizer.head.", "head.", 1)
             state[engine.rename(name, _TOWER) or name] = tensor
-        missing = self.load_state_dict(state, strict=False).missing_keys
-        tied = {"language_model.lm_head.weight"} if self.language_model.config.tie_word_embeddings else set()
-        if set(missing) - tied:
-            raise ConversionError("What Ovis' code computes finds no tensors for:", {"missing": missing})
+        self._load(state)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Views `float[P, C, H, W]` to their embeddings, without indicators."""
@@ -255,7 +332,7 @@ class OriginalOvis(nn.Module):
         config = self.language_model.config
         return self.vte.weight * (config.hidden_size**0.5 if config.model_type in SCALES_ALL_EMBEDDINGS else 1.0)
 
-    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))
         visual = torch.zeros_like(embeds)
         visual[input_ids == ATOM] = torch.cat(self.get_image_features(pixel_values).pooler_output)
@@ -263,37 +340,18 @@ class OriginalOvis(nn.Module):
             visual[input_ids == indicator] = self._rows()[self.config.num_visual_words + number]
         return torch.where((input_ids < 0).unsqueeze(-1), visual, embeds)
 
-    def forward(self, input_ids, pixel_values, attention_mask=None, output_hidden_states=False, **kwargs):
-        return self.language_model(
-            inputs_embeds=self._embed(input_ids, pixel_values),
-            attention_mask=attention_mask,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids,
-        pixel_values,
-        attention_mask=None,
-        max_new_tokens=None,
-        do_sample=False,
-        suppress_tokens=(),
-        **kwargs,
-    ) -> torch.Tensor:
-        vocab_size = self.language_model.config.vocab_size
-        new = self.language_model.generate(
-            inputs_embeds=self._embed(input_ids, pixel_values),
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            suppress_tokens=[token for token in suppress_tokens if token < vocab_size] or None,
-        )
-        return torch.cat((input_ids, new), dim=1)
+class OriginalParts:
+    """The parts of a processor, and the text of ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids)
 
 
-class OriginalProcessor:
+class OriginalProcessor(OriginalParts):
     """
     What AIDC-AI's code makes of a text with one image: ids with an image's own, and its views.
 
@@ -301,7 +359,7 @@ class OriginalProcessor:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor, config: ZooVetConfig):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        super().__init__(tokenizer, image_processor)
         self.side, self.max_tiles = pair(config.vision_config.image_size)[0], config.max_tiles
         patches = self.side // pair(config.vision_config.patch_size)[0]
         self.tokens = (-(-patches // config.hidden_stride)) ** 2
@@ -340,9 +398,6 @@ class OriginalProcessor:
         pixels = self.image_processor(image, **options)["pixel_values"]
         left, top = (self.side - width) // 2, (self.side - height) // 2
         return nn.functional.pad(pixels, (left, self.side - width - left, top, self.side - height - top))
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

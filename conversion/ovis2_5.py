@@ -15,14 +15,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BatchFeature,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -30,12 +23,20 @@ from vlm_zoo.models.vet import ZooVetConfig
 
 from . import engine, flow
 from .engine import ConversionError, Table, Target, TensorInfo
+from .ovis import (
+    BESIDE_THE_TOWER,
+    IMAGE_TOKEN,
+    TEXT_KEYS,
+    OriginalLanguageHalf,
+    OriginalParts,
+    check_keys,
+    stored_dtype,
+)
 
 
 # That of the checkpoints on the Hub; the code that trained them writes the name of all Ovis.
 MODEL_TYPES = ("ovis2_5", "ovis")
 TOWER = "siglip2_navit"
-IMAGE_TOKEN = "<image>"
 # A patch; start and end of an image, start and end of a clip.
 ATOM, INDICATORS = -300, (-301, -302, -303, -304)
 # Of a picture, and of each frame of a clip. No file says them: they are defaults of `preprocess_inputs` (those of
@@ -76,11 +77,7 @@ _PATCHES, _POSITIONS = (f"{_VIT}embeddings.{part}_embedding.weight" for part in 
 _LAYER = r"^visual_tokenizer\.vit\.vision_model\.encoder\.layers\.(\d+)"
 _BLOCK = r"model.vision_tower.blocks.\1"
 FROM_UPSTREAM: Table = (
-    (r"^llm\.model\.(.+)$", r"model.language_model.\1"),
-    (r"^llm\.lm_head\.(.+)$", r"lm_head.\1"),
-    (r"^vte\.weight$", "model.connector.table.weight"),
-    (r"^visual_tokenizer\.head\.0\.(.+)$", r"model.connector.head.\1"),
-    (r"^visual_tokenizer\.head\.1\.(.+)$", r"model.connector.norm.\1"),
+    *BESIDE_THE_TOWER,
     (rf"{_LAYER}\.layer_norm([12])\.(.+)$", rf"{_BLOCK}.norm\2.\3"),
     (rf"{_LAYER}\.self_attn\.qkv\.(.+)$", rf"{_BLOCK}.attn.qkv.\2"),
     (rf"{_LAYER}\.self_attn\.out_proj\.(.+)$", rf"{_BLOCK}.attn.proj.\2"),
@@ -154,6 +151,7 @@ def windowed_layers(tower: Mapping) -> list[int]:
 
 def check(raw: Mapping, tensors: Mapping[str, TensorInfo]) -> None:
     """Raises `ConversionError` unless these are config and tensors of an Ovis 2.5 with a tower that the zoo has."""
+    check_keys(raw, (*TEXT_KEYS, "visual_vocab_size"))
     tower = tower_settings(raw)
     if tower.get("model_type") != TOWER:
         raise ConversionError(f"The tower is of model type '{tower.get('model_type')}'; this reads '{TOWER}'.")
@@ -210,7 +208,7 @@ def zoo_config(raw: Mapping, tensors: Mapping[str, TensorInfo], image_token_id: 
         max_image_tokens=most,
         max_clip_tokens=max(most, ZooVetConfig.max_clip_tokens),
         tie_word_embeddings=text_config.tie_word_embeddings,
-        dtype=getattr(torch, raw.get("torch_dtype") or raw.get("dtype") or "float32"),
+        dtype=stored_dtype(raw),
         architectures=["ZooVetForConditionalGeneration"],
     )
 
@@ -346,23 +344,18 @@ class OriginalTower(nn.Module):
         return BaseModelOutputWithPooling(states[-1], hidden_states=tuple(states))
 
 
-class OriginalOvis2_5(nn.Module):
+class OriginalOvis2_5(OriginalLanguageHalf):
     """What AIDC-AI's code computes."""
 
     def __init__(self, raw: Mapping, tensors: Mapping[str, TensorInfo], folder: Path):
-        super().__init__()
-        tower, text_config = tower_settings(raw), AutoConfig.for_model(**raw["llm_config"])
-        self.model = nn.Module()
+        super().__init__(raw, folder)
+        tower, self.model = tower_settings(raw), nn.Module()
         self.model.vision_tower = OriginalTower(tower, tensors[_POSITIONS].shape[0])
-        self.language_model = AutoModelForCausalLM.from_config(text_config, attn_implementation="eager")
-        if (folder / "generation_config.json").is_file():
-            self.language_model.generation_config = GenerationConfig.from_pretrained(folder)
-        self.generation_config = self.language_model.generation_config
         self.neighbours, words = tower["hidden_stride"] ** 2, tensors[HEAD].shape[0]
         self.head = nn.Sequential(
             nn.Linear(tower["hidden_size"] * self.neighbours, words, bias=False), nn.LayerNorm(words)
         )
-        self.vte = nn.Embedding(raw["visual_vocab_size"], text_config.hidden_size)
+        self.vte = nn.Embedding(raw["visual_vocab_size"], self.language_model.config.hidden_size)
         self._read(tensors)
         self.float().eval()
 
@@ -373,10 +366,7 @@ class OriginalOvis2_5(nn.Module):
             for theirs, ours in names.items():
                 name = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
             state[name] = tensor.flatten(1) if name.endswith(".patch_embedding.weight") else tensor
-        missing = self.load_state_dict(state, strict=False).missing_keys
-        tied = {"language_model.lm_head.weight"} if self.language_model.config.tie_word_embeddings else set()
-        if set(missing) - tied:
-            raise ConversionError("What Ovis' code computes finds no tensors for:", {"missing": missing})
+        self._load(state)
 
     def get_image_features(self, pixel_values, image_grid_thw, **kwargs) -> BaseModelOutputWithPooling:
         """Patches `float[N, C * P * P]` to the embeddings of their squares, without indicators."""
@@ -386,51 +376,19 @@ class OriginalOvis2_5(nn.Module):
         tokens = nn.functional.pad(tokens, (0, len(INDICATORS)))
         return BaseModelOutputWithPooling(pooler_output=[tokens @ self.vte.weight])
 
-    def _embed(self, input_ids: torch.Tensor, **images) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0)).clone()
         for number, indicator in enumerate(INDICATORS):
             embeds[input_ids == indicator] = self.vte.weight[number - len(INDICATORS)]
-        embeds[input_ids == ATOM] = self.get_image_features(**images).pooler_output[0]
+        embeds[input_ids == ATOM] = self.get_image_features(pixel_values, **kwargs).pooler_output[0]
         return embeds
 
-    def forward(
-        self, input_ids, pixel_values, image_grid_thw, attention_mask=None, output_hidden_states=False, **kwargs
-    ):
-        return self.language_model(
-            inputs_embeds=self._embed(input_ids, pixel_values=pixel_values, image_grid_thw=image_grid_thw),
-            attention_mask=attention_mask,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids,
-        pixel_values,
-        image_grid_thw,
-        attention_mask=None,
-        max_new_tokens=None,
-        do_sample=False,
-        suppress_tokens=(),
-        **kwargs,
-    ) -> torch.Tensor:
-        vocab_size = self.language_model.config.vocab_size
-        new = self.language_model.generate(
-            inputs_embeds=self._embed(input_ids, pixel_values=pixel_values, image_grid_thw=image_grid_thw),
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            suppress_tokens=[token for token in suppress_tokens if token < vocab_size] or None,
-        )
-        return torch.cat((input_ids, new), dim=1)
-
-
-class OriginalProcessor:
+class OriginalProcessor(OriginalParts):
     """What AIDC-AI's code makes of a text with one image: ids with an image's own, and its patches."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor, config: ZooVetConfig):
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        super().__init__(tokenizer, image_processor)
         self.patch_size, self.stride = config.vision_config.patch_size, config.hidden_stride
 
     def __call__(self, images: list[PIL.Image.Image], text: list[str], return_tensors: str = "pt") -> BatchFeature:
@@ -451,9 +409,6 @@ class OriginalProcessor:
             "image_grid_thw": [grid],
         }
         return BatchFeature(batch, tensor_type=return_tensors)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
 
 
 def original_size(height: int, width: int, factor: int) -> tuple[int, int]:

@@ -53,15 +53,16 @@ from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 from vlm_zoo.models.native_vlm import patch_geometry
 from vlm_zoo.models.parts_vlm import pair
 from vlm_zoo.models.vet import ZooVetConfig, ZooVetForConditionalGeneration, ZooVetProcessor, layout, num_views
+from vlm_zoo.models.video_vlm import video_marker
 
 from . import engine, flow, llava_original, ovis, ovis2_5, parity
 from .engine import ConversionError, Table, Target, TensorInfo
 from .flow import Source
+from .ovis import IMAGE_TOKEN
 
 
-# How transformers' processor writes the tokens of an image, and where one goes.
+# How transformers' processor writes the tokens of an image.
 ATOM, INDICATORS = "<IMG_ATOM>", ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
-IMAGE_TOKEN = "<image>"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
@@ -160,7 +161,7 @@ def zoo_processor(
     return ZooVetProcessor(
         ZooImageProcessor(**pixels, do_center_crop=False, max_tiles=config.max_tiles),
         tokenizer,
-        chat_template=find_template(tokenizer, image_token, template)[0],
+        chat_template=find_template(tokenizer, image_token, template, video_marker(tokenizer))[0],
         **ZooVetProcessor.fields_from(config),
     )
 
@@ -560,15 +561,6 @@ def probe_sizes(config: ZooVetConfig, squares: bool = False) -> list[tuple[int, 
     return [size for size, (rows, columns) in grids.items() if not squares or rows == columns]
 
 
-# Grids of images and clips in a row, in tokens.
-NATIVE_GRIDS = (
-    [[1, 2, 3]],
-    [[1, 2, 2], [1, 1, 5], [1, 4, 2]],
-    [[3, 2, 3]],
-    [[1, 2, 4], [2, 3, 2], [1, 2, 2]],
-)
-
-
 def random_rows(config: ZooVetConfig, atom: int, indicators: tuple[int, ...]) -> list[parity.Row]:
     """Random pixels and ids, with the ids that an image has upstream."""
     generator, rows = torch.Generator().manual_seed(0), []
@@ -576,7 +568,7 @@ def random_rows(config: ZooVetConfig, atom: int, indicators: tuple[int, ...]) ->
     plain = plain[~torch.isin(plain, torch.tensor(indicators))]
     if config.native_resolution:
         square, values = config.hidden_stride**2, patch_geometry(config.vision_config).values
-        for grids in NATIVE_GRIDS:
+        for grids in parity.NATIVE_GRIDS:
             pieces = parity.random_text(plain, (4,), generator)
             for grid in grids:
                 pieces.append(image_ids((1, 1), math.prod(grid), atom, indicators, is_clip=grid[0] > 1))

@@ -92,10 +92,11 @@ def main() -> None:
     _, language = write_parts(FAST, out / "parts")
     vision = write_tower(out / "parts" / "tower")
     build("mrope", vision, language, out / "built", overwrite=True, video_time=options.video_time, **small)
-    if not (out / "drawings").exists():
-        train_stage(stage, out / "built", out / "drawings", FAST.seed)
+    drawings = out / f"drawings with {options.video_time}"
+    if not drawings.exists():
+        train_stage(stage, out / "built", drawings, FAST.seed)
 
-    processor = AutoProcessor.from_pretrained(out / "drawings")
+    processor = AutoProcessor.from_pretrained(drawings)
     settings = SFTConfig(
         output_dir=str(out / "clips"),
         num_train_epochs=options.epochs,
@@ -114,7 +115,7 @@ def main() -> None:
         report_to=[],
     )
     trainer = LeanSFTTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(out / "drawings"),
+        model=AutoModelForImageTextToText.from_pretrained(drawings),
         args=settings,
         train_dataset=clips("train"),
         processing_class=processor,

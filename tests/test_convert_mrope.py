@@ -511,6 +511,15 @@ def test_a_clip_is_one_run_of_tokens_with_time_ids_where_seconds_count(kind, ids
     assert model(**batch).logits.shape[1] == batch["input_ids"].shape[1]
 
 
+def test_frames_that_were_chosen_and_resized_go_in_as_they_are(converted):
+    zoo, frames = AutoProcessor.from_pretrained(converted / "qwen2_vl"), [picture(64, 80)] * 2
+    sizes = []
+    for more in ({}, {"do_resize": False}):
+        batch = zoo(text=["<|video_pad|>"], videos=[frames], do_sample_frames=False, return_tensors="pt", **more)
+        sizes.append(batch["image_grid_thw"].tolist())
+    assert sizes[1] == [[1, 16, 20]] and sizes[0] != sizes[1]
+
+
 def test_the_pixels_of_a_clip_are_bounded_as_by_the_sources_video_processor(source, tmp_path):
     settings = {"size": {"shortest_edge": 128, "longest_edge": 4096}}
     (source / "video_preprocessor_config.json").write_text(json.dumps(settings))

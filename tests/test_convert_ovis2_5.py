@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import PIL.Image
@@ -303,6 +304,29 @@ def test_ids_and_pixels_are_those_of_the_source(upstream, converted):
         assert levels.max() <= 2.1 and (levels > 1.1).double().mean() <= 5e-5, size
 
 
+def prompts_with(*levels):
+    """What stands for a processor: pixels of zeros, but for values at these 8-bit levels."""
+    pixels = torch.zeros(1, 3, 256, 256)
+    pixels.view(-1)[: len(levels)] = torch.tensor(levels) / 127.5
+    batch = {"input_ids": torch.zeros(1, 2), "attention_mask": torch.ones(1, 2), "pixel_values": pixels}
+    part = Mock(return_value=batch)
+    part.image_processor = Mock(rescale_factor=1 / 255, image_std=[0.5, 0.5, 0.5])
+    return part
+
+
+@pytest.mark.parametrize(
+    ("levels", "equal"),
+    [([1.0] * 9, True), ([2.0], True), ([2.0, 2.0], False), ([3.0], False), ([float("nan")], False)],
+)
+def test_a_report_on_pixels_names_the_limits_that_decide(levels, equal):
+    (_, pixels), _ = parity.compare_processors(prompts_with(), prompts_with(*levels), "", [(256, 256)], 0)
+    assert pixels["equal"] is equal
+    if pixels["max_abs_diff"] is not None:
+        assert pixels["share_above_limit"] == sum(level > pixels["limit"] for level in levels) / (3 * 256 * 256)
+        within = pixels["max_abs_diff"] <= pixels["rare_limit"]
+        assert equal == (within and pixels["share_above_limit"] <= pixels["rare_share"])
+
+
 def test_frames_of_a_clip_have_the_size_of_pictures(converted):
     processor = AutoProcessor.from_pretrained(converted)
     frames = [picture(130, 200, seed) for seed in range(3)]
@@ -424,6 +448,17 @@ def test_tensors_of_another_model_are_refused_by_name(edit, message, source, tmp
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=message):
         vet.convert(source, tmp_path / "zoo")
+
+
+def test_keys_that_a_config_lacks_are_named(source, tmp_path):
+    def cut(content):
+        del content["llm_config"], content["visual_vocab_size"]
+
+    rewrite(source / "config.json", cut)
+    with pytest.raises(ConversionError) as caught:
+        vet.convert(source, tmp_path / "zoo")
+    missing = ["llm_config.model_type", "llm_config.vocab_size", "visual_vocab_size"]
+    assert caught.value.problems == {"missing keys": missing}
 
 
 def test_tiles_are_refused(source, tmp_path):

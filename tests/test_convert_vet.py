@@ -509,6 +509,12 @@ def test_a_bfloat16_checkpoint_stays_bfloat16(tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "zoo").dtype == torch.bfloat16
 
 
+def test_a_dtype_may_have_the_name_of_version_5(source):
+    folder = source("ovis")
+    rewrite(folder / "config.json", lambda content: content.update(torch_dtype=None, dtype="bfloat16"))
+    assert vet.open_source(folder).config.dtype == torch.bfloat16
+
+
 def test_shards_are_read_and_written(converted, tmp_path):
     ovis2().save_pretrained(tmp_path / "source", max_shard_size="50KB")
     vet.convert(tmp_path / "source", tmp_path / "zoo", shard_bytes=50_000, verify=False)
@@ -636,6 +642,35 @@ def test_what_cannot_be_read_is_refused_by_name(edit, message, source, tmp_path)
     rewrite(folder / "config.json", edit)
     with pytest.raises(ConversionError, match=message):
         vet.convert(folder, tmp_path / "zoo")
+
+
+VISUAL = "visual_tokenizer_config"
+
+
+@pytest.mark.parametrize(
+    ("edit", "missing"),
+    [
+        (
+            lambda content: [content.pop(name) for name in list(content) if name != "model_type"],
+            [
+                "llm_config.model_type",
+                "llm_config.vocab_size",
+                f"{VISUAL}.vocab_size",
+                f"{VISUAL}.tokenize_function",
+                f"{VISUAL}.backbone_config.model_type",
+            ],
+        ),
+        (lambda content: content[VISUAL].pop("tokenize_function"), [f"{VISUAL}.tokenize_function"]),
+        (
+            lambda content: content[VISUAL]["backbone_config"].pop("qkv_bias"),
+            [f"{VISUAL}.backbone_config.qkv_bias"],
+        ),
+    ],
+)
+def test_keys_that_a_config_lacks_are_named(edit, missing, source, tmp_path):
+    folder = source("ovis")
+    rewrite(folder / "config.json", edit)
+    assert problems_of(folder, tmp_path / "zoo") == {"missing keys": missing}
 
 
 def test_an_upstream_without_a_head_is_refused(source, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, ViTConfig
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -18,6 +19,7 @@ from vlm_zoo.models.native_vlm import (
     window_order,
 )
 from vlm_zoo.models.parts_vlm import build_part
+from vlm_zoo.testing import tiny_model
 
 
 SIDE = 2
@@ -347,3 +349,28 @@ def test_patches_of_another_model_are_refused(shape, grids, message):
 def test_patches_of_either_length_are_taken():
     for values in (48, 96):
         check_patches(config_of("qwen2_vl_vision"), torch.zeros(24, values), torch.tensor([[1, 4, 6]]), SIDE)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_an_adapter_around_the_patch_embedding_learns_and_starts_with_nothing(frames):
+    model = tiny_model("mrope", vision="qwen3_vl")
+    patches, grids = torch.randn(16, 3 * frames * 8 * 8), torch.tensor([[1, 4, 4]])
+    expected = model.get_image_features(patches, image_grid_thw=grids).pooler_output[0]
+    adapted = get_peft_model(model, LoraConfig(target_modules=r".*patch_embed\.proj"))
+    found = adapted.base_model.model.get_image_features(patches, image_grid_thw=grids).pooler_output[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    found.sum().backward()
+    learned = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
+    assert learned and all(gradient is not None and gradient.any() for gradient in learned)
+
+
+def test_a_packed_tower_of_another_make_is_refused():
+    config = AutoConfig.for_model("glm4v_vision", depth=1, hidden_size=32, num_heads=2, out_hidden_size=32)
+    with pytest.raises(ValueError, match=r"Glm4vVisionModel .*'downsample'.* expected a tower like those of Qwen2-VL"):
+        build_native_tower(config, [1])
+
+
+def test_prefix_tokens_that_are_not_there_are_missed():
+    model = tiny_model("mrope", vision="clip", num_prefix_tokens=0)
+    with pytest.raises(ValueError, match=r"made \[1, 17\] states of \[1, 16\] patches, without 0 prefix tokens"):
+        model.get_image_features(torch.randn(16, 3 * 8 * 8), image_grid_thw=torch.tensor([[1, 4, 4]]))

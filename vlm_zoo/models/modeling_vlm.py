@@ -81,7 +81,7 @@ class ZooModelOutputWithPast(BaseModelOutputWithPast):
     them.
     router_logits: those of a mixture-of-experts language model, when asked for.
     image_hidden_states: the features of all images, one after the other, as `get_image_features` gives them;
-        `float[sum(K), Dt]` where they are the tokens of the sequence.
+        `float[sum(K), Dt]` where they are the tokens of the sequence, and wider where more comes beside them.
     carry: what decode steps of this architecture need from the prefill, or `None`.
     """
 

@@ -17,13 +17,12 @@ clip, as `image_position_ids`. DeepStack's features travel beside the tokens' ow
 """
 
 from functools import partial
-from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import BatchFeature, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
@@ -38,14 +37,13 @@ from .modeling_vlm import (
 from .native_vlm import (
     blank_patches,
     build_native_tower,
-    check_patches,
+    check_native_config,
     feature_width,
+    look_natively,
     native_image_fields,
-    see_natively,
     spread,
-    starts,
 )
-from .parts_vlm import find_layers
+from .positions_vlm import multi_axis_positions, put_axes
 from .processing_vlm import ZooProcessor
 from .video_vlm import Clip, flat_items
 
@@ -71,8 +69,8 @@ class ZooMropeConfig(ZooConfig):
         `tokens_per_second` (Qwen2.5-VL), or as time ids that count them (Qwen2-VL).
     tokens_per_second (`float`): time ids in a second.
     deepstack_layers (`list[int]`):
-        Hidden states of the tower, numbered like `vision_feature_layer`, whose features enter the language model
-        later, each through its own merger.
+        Hidden states of the tower, 0 being the embeddings, whose features enter the language model later, each through
+        its own merger.
     deepstack_text_layers (`list[int]`, *optional*):
         The layers of the language model after which they are added, by default the first ones.
     min_image_tokens, max_image_tokens (`int`): bounds of an image, which is resized to keep them.
@@ -97,23 +95,11 @@ class ZooMropeConfig(ZooConfig):
     max_image_tokens: int = 1280
     max_clip_tokens: int = 16384
 
-    def validate_tokens(self):
+    def validate_native_resolution(self):
         """Part of `@strict` validation."""
-        if not 1 <= self.min_image_tokens <= self.max_image_tokens <= self.max_clip_tokens:
-            raise ValueError(
-                f"Expected 1 <= min_image_tokens <= max_image_tokens <= max_clip_tokens, got {self.min_image_tokens}, "
-                f"{self.max_image_tokens} and {self.max_clip_tokens}."
-            )
+        check_native_config(self, "spatial_merge_size")
         if self.tokens_per_second <= 0:
             raise ValueError(f"tokens_per_second must be above 0, got {self.tokens_per_second}.")
-
-    def validate_merge_size(self):
-        """Part of `@strict` validation: a tower that orders patches by squares has the same squares."""
-        own = getattr(self.vision_config, "spatial_merge_size", self.spatial_merge_size)
-        if self.spatial_merge_size < 1 or own != self.spatial_merge_size:
-            raise ValueError(
-                f"spatial_merge_size is {self.spatial_merge_size}, the tower's is {own}: it orders its patches so."
-            )
 
     def validate_section(self):
         """Part of `@strict` validation: three shares."""
@@ -159,153 +145,6 @@ class ZooMropeConfig(ZooConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Positions
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def multi_axis_positions(
-    visual: torch.Tensor,
-    grids: torch.Tensor,
-    times: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    after_image: str = "side",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Places in time, height and width.
-
-    Text counts up on all three axes. An image that starts at s has its tokens at (s + time, s + row, s + column), and
-    moves what follows by its longer side. With `[text, text, image of 2 x 2, text]`:
-
-        time    0 1  2 2 2 2  4
-        height  0 1  2 2 3 3  4
-        width   0 1  2 3 2 3  4
-
-    Args:
-        visual (`bool[B, T]`): true at visual tokens.
-        grids (`int[I, 3]`): time, height and width of each image, in tokens.
-        times (`int[I, F]`, *optional*): the time ids of each image's frames; by default they are counted.
-        attention_mask (`int[B, T]`, *optional*): 0 at padding, which has no place and stands at 0.
-        after_image: `"side"` or `"extent"`, see `ZooMropeConfig.positions_after_image`.
-
-    Returns:
-        Positions `int[3, B, T]`, and `int[B, 1]`: what is to be added to the number of a later token, counted without
-        padding, to have its position.
-    """
-    valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
-    counts = grids.prod(dim=1)
-    total = int(counts.sum())
-    image = spread(torch.arange(len(grids), device=grids.device), counts, total)  # int[K], whose token it is
-    _, height, width = grids[image].unbind(dim=1)
-    within = torch.arange(total, device=grids.device) - starts(counts)[image]
-    frame, rest = within // (height * width), within % (height * width)
-    time = frame if times is None else times[image, frame]
-    places = torch.stack((time, rest // width, rest % width))  # int[3, K], from the start of the image
-
-    moves = grids[:, 1:].amax(dim=1)
-    if after_image == "extent":
-        moves = moves.scatter_reduce(0, image, time + 1, "amax")
-    last = torch.zeros_like(time).index_copy(0, counts.cumsum(0) - 1, moves)  # an image moves on at its last token
-    steps = valid.long().masked_scatter(visual, last)
-    ends = steps.cumsum(dim=1)
-    positions = (ends - steps) + torch.zeros_like(steps).expand(3, -1, -1).masked_scatter(visual, places)
-    return positions.masked_fill(~valid, 0), ends[:, -1:] - valid.sum(dim=1, keepdim=True)
-
-
-def frequency_axes(layout: str, section: list[int] | None, frequencies: int) -> list[int]:
-    """
-    The axis (0 time, 1 height, 2 width) of every rotary frequency.
-
-    Args:
-        layout: `"chunked"` or `"interleaved"`.
-        section: frequencies of each axis, `None` for Qwen's proportions: 16, 24, 24 or 24, 20, 20 of 64.
-        frequencies: of the language model.
-
-    Raises:
-        ValueError: when the shares do not fit the language model.
-    """
-    if section is None:
-        share = 3 * frequencies // 8 if layout == "chunked" else 5 * frequencies // 16
-        section = [frequencies - 2 * share, share, share]
-    if sum(section) != frequencies:
-        raise ValueError(
-            f"mrope_section {section} shares out {sum(section)} rotary frequencies, the language model has "
-            f"{frequencies}."
-        )
-    if layout == "chunked":
-        return [axis for axis, count in enumerate(section) for _ in range(count)]
-    axes = [place % 3 if place // 3 < section[place % 3] else 0 for place in range(frequencies)]
-    if [axes.count(axis) for axis in range(3)] != section:
-        raise ValueError(
-            f"mrope_section {section} cannot be interleaved: height and width take every third of {frequencies} "
-            "frequencies at most."
-        )
-    return axes
-
-
-class MultiAxisRope(nn.Module):
-    """
-    A decoder's own rotary embedding, for positions on three axes too.
-
-    Positions `int[B, T]` pass through it unchanged. Of `int[3, B, T]` every frequency takes its own axis.
-    """
-
-    def __init__(self, own: nn.Module, axes: list[int], in_halves: bool):
-        """
-        Args:
-            own: of the decoder.
-            axes: of every frequency, see `frequency_axes`.
-            in_halves: whether the decoder's values for all frequencies come twice one after the other, or each twice.
-        """
-        super().__init__()
-        self.own = own
-        self.shape, self.dim = ((2, len(axes)), -1) if in_halves else ((len(axes), 2), -2)
-        places = {axis: [place for place, other in enumerate(axes) if other == axis] for axis in (1, 2)}
-        # Slices, not an index: they need no buffer, which the decoder's own initialiser would not know how to restore.
-        self.slices = {
-            axis: slice(found[0], found[-1] + 1, found[1] - found[0] if len(found) > 1 else 1)
-            for axis, found in places.items()
-            if found
-        }
-
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs):
-        """Cosine and sine, `float[B, T, R]` each."""
-        if position_ids.ndim == 2:
-            return self.own(hidden_states, position_ids, *args, **kwargs)
-        flat = self.own(hidden_states, position_ids.flatten(0, 1), *args, **kwargs)
-        return tuple(self._choose(values.unflatten(0, (3, -1))) for values in flat)
-
-    def _choose(self, values: torch.Tensor) -> torch.Tensor:
-        values = values.unflatten(-1, self.shape)  # [3, B, T, 2, F] or [3, B, T, F, 2]
-        chosen = values[0].clone()
-        for axis, part in self.slices.items():
-            index = (..., part) if self.dim == -1 else (..., part, slice(None))
-            chosen[index] = values[axis][index]
-        return chosen.flatten(-2)
-
-
-def put_axes(language_model: PreTrainedModel, text_config: PreTrainedConfig, layout: str, section: list[int] | None):
-    """Replaces a decoder's rotary embedding by one for three axes; a decoder without one is a `ValueError`."""
-    own = getattr(language_model, "rotary_emb", None)
-    if own is None:
-        raise ValueError(
-            f"mrope_layout '{layout}' needs rotary positions, {type(language_model).__name__} has no rotary_emb: "
-            "choose mrope_layout 'none', or another language model."
-        )
-    with torch.device("cpu"):  # what the values are like, even where the model has no weights yet
-        probe = type(own)(config=text_config)
-        kind = (
-            {"layer_type": text_config.layer_types[0]} if "layer_type" in signature(probe.forward).parameters else {}
-        )
-        cosine = probe(torch.zeros(1), torch.ones(1, 1, dtype=torch.long), **kind)[0].flatten()
-    frequencies = len(cosine) // 2
-    axes = frequency_axes(layout, section, frequencies)
-    in_halves = torch.equal(cosine[:frequencies], cosine[frequencies:])
-    if not in_halves and not torch.equal(cosine[::2], cosine[1::2]):
-        raise ValueError(f"{type(own).__name__} arranges its frequencies neither in halves nor in pairs.")
-    language_model.rotary_emb = MultiAxisRope(own, axes, in_halves)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Connector
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -328,7 +167,7 @@ class PatchMerger(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`float[N, Dv]`, square by square, to `float[N / merge_size², Dt]`."""
-        patches = patches.to(self.linear_1.weight.dtype)
+        patches = patches.to(self.norm.weight.dtype)  # a quantised layer's own says nothing
         if self.after_joining:
             squares = self.norm(patches.reshape(-1, self.width))
         else:
@@ -352,6 +191,13 @@ class MropeConnector(nn.Module):
         return torch.cat((self.merger(patches), *(merger(states) for merger, states in pairs)), dim=-1)
 
 
+# What is wrong with images whose sizes are not known.
+NO_GRIDS = (
+    "The images came without image_grid_thw, so their tokens have no place: give mm_encoder_outputs as "
+    "get_image_features returns them, or position_ids."
+)
+
+
 class DeepStackFeatures(NamedTuple):
     """What the layers are given: `bool[B, T]`, true at visual tokens, and for each place `float[K, Dt]`, what is added
     there. Without images both are empty."""
@@ -365,15 +211,6 @@ class DeepStackFeatures(NamedTuple):
             return states
         added = self.features[position].to(states.device, states.dtype)
         return states + torch.zeros_like(states).masked_scatter(self.visual.to(states.device)[..., None], added)
-
-
-def forget_axes(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Keeps positions on three axes from a layer, which has their embedding: attention kernels would take places that
-    go back for the starts of packed sequences."""
-    positions = kwargs.get("position_ids")
-    if positions is not None and positions.ndim == 3:
-        kwargs = {**kwargs, "position_ids": None}
-    return args, kwargs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,9 +227,6 @@ class ZooMropeModel(ZooModel):
         super().__init__(config)
         if config.mrope_layout != "none":
             put_axes(self.language_model, config.text_config, config.mrope_layout, config.mrope_section)
-            holder, name = find_layers(self.language_model)
-            for layer in getattr(holder, name):
-                layer.register_forward_pre_hook(forget_axes, with_kwargs=True)
         if config.deepstack_layers:
             places = {layer + 1: number for number, layer in enumerate(config.deepstack_places)}
             enter_layers(self.language_model, "deepstack", places)
@@ -423,14 +257,11 @@ class ZooMropeModel(ZooModel):
             The tower's output with `pooler_output`: one `float[K, Dt]` for each image, with DeepStack
             `float[K, Dt * (1 + layers)]`; and with what the positions are computed from.
         """
-        if image_grid_thw is None:
-            raise ValueError(
-                f"pixel_values {list(pixel_values.shape)} came without image_grid_thw, the patches of each image: was "
-                "this batch made by the processor of another model?"
-            )
-        grids, config = torch.as_tensor(image_grid_thw), self.config
-        check_patches(config.vision_config, pixel_values, grids, config.spatial_merge_size)
-        outputs, patches = self.see(pixel_values, image_grid_thw=grids, **kwargs)
+        config = self.config
+        outputs, patches, grids = look_natively(
+            self, pixel_values, image_grid_thw, config.seen_layers, config.spatial_merge_size, **kwargs
+        )
+        self.check_times(image_position_ids, grids)
         count = len(config.feature_layers)
         tokens = self.connector(torch.cat(patches[:count], dim=-1), patches[count:])
         sizes = grids.prod(dim=1) // config.spatial_merge_size**2
@@ -445,20 +276,26 @@ class ZooMropeModel(ZooModel):
             vision_inputs=vision_inputs,
         )
 
-    def see(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
-        """As in the frame, at native resolution: the tower's output, and a `float[N, Dv]` for each of the config's
-        `seen_layers`."""
-        tower, config = self.vision_tower, self.config
-        with torch.set_grad_enabled(self.tower_needs_graph(pixel_values)):
-            return see_natively(
-                tower,
-                pixel_values,
-                image_grid_thw,
-                config.seen_layers,
-                config.spatial_merge_size,
-                config.num_prefix_tokens,
-                **kwargs,
+    def check_times(self, times: torch.Tensor | None, grids: torch.Tensor) -> None:
+        """Raises `ValueError` unless clips have the time ids that the config asks for."""
+        longest = int(grids[:, 0].max())
+        if times is None:
+            if self.config.video_time == "seconds" and longest > 1:
+                raise ValueError(
+                    f"A clip of {longest} time steps came without image_position_ids, which video_time 'seconds' "
+                    "needs. Likely cause: a trainer that does not pass them on (TRL's GRPO and RLOO); those "
+                    "need video_time 'timestamps'."
+                )
+            return
+        if self.config.video_time == "timestamps":
+            raise ValueError(
+                "image_position_ids are for time ids, video_time is 'timestamps': was this batch made by the "
+                "processor of another model?"
             )
+        shape, wanted = list(times.shape), f"integers [{len(grids)}, at least {longest}], none below 0"
+        fits = times.ndim == 2 and shape[0] == len(grids) and shape[1] >= longest
+        if not fits or times.is_floating_point() or bool((times < 0).any()):
+            raise ValueError(f"image_position_ids are {times.dtype} {shape}, expected {wanted}.")
 
     def dummy_vision_inputs(self) -> dict[str, torch.Tensor]:
         return blank_patches(self.config.vision_config, self.config.spatial_merge_size, self.device, self.dtype)
@@ -522,6 +359,11 @@ class ZooMropeModel(ZooModel):
             return lm_inputs, None
         if context.position_ids is None:
             lm_inputs["position_ids"], carry = self._positions_of_batch(visual, context)
+        elif context.position_ids.ndim != 3:
+            raise ValueError(
+                f"position_ids are {list(context.position_ids.shape)}, expected [3, B, T] beside images: leave them "
+                "out, or give what `positions` of this model returns."
+            )
         if context.attention_mask is None and context.past_key_values is None:
             # Without a mask, places that go back would be taken for the starts of packed sequences
             lm_inputs["attention_mask"] = torch.ones_like(visual, dtype=torch.long)
@@ -529,10 +371,7 @@ class ZooMropeModel(ZooModel):
 
     def _positions_of_batch(self, visual: torch.Tensor, context: FuseContext) -> tuple[torch.Tensor, torch.Tensor]:
         if "image_grid_thw" not in context.vision_inputs:
-            raise ValueError(
-                "The images came without image_grid_thw, so their tokens have no place: give mm_encoder_outputs as "
-                "get_image_features returns them, or position_ids."
-            )
+            raise ValueError(NO_GRIDS)
         padding = context.attention_mask
         if padding is not None and padding.ndim != 2:
             raise ValueError(
@@ -593,14 +432,29 @@ class ZooMropeForConditionalGeneration(ZooForConditionalGeneration, GenerationMi
         elif past and carry is None and visual[:, : visual.shape[1] - rest.shape[1]].any():
             raise ValueError(
                 "The cached beginning of the prompt holds images, whose places move what follows: give all images of "
-                "the prompt again, as pixel_values or mm_encoder_outputs, or the carry of the model's outputs."
+                "the prompt again, as pixel_values or mm_encoder_outputs, or the carry of the forward that filled it."
             )
         if not vision_inputs:
+            if encoded is not None:
+                raise ValueError(NO_GRIDS)
             return numbers if carry is None else (numbers + carry).expand(3, -1, -1)
         if encoded is not None:
             self.model.check_placeholders(rest, list(encoded.pooler_output))
-        positions, _ = self.model.positions(rest, vision_inputs, padding, past, carry)
+        positions, model_kwargs["carry"] = self.model.positions(rest, vision_inputs, padding, past, carry)
         return torch.cat((numbers[:, :past].expand(3, len(rest), -1), positions), dim=2)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        """As in transformers; new tokens stand where the carry says, though the prompt ends with an image, whose last
+        token is not the furthest."""
+        before = model_kwargs.get("position_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        positions, carry = model_kwargs.get("position_ids"), model_kwargs.get("carry")
+        if carry is not None and positions is not None and positions.ndim == 3:
+            new, mask = positions.shape[2] - before.shape[2], model_kwargs.get("attention_mask")
+            total = positions.shape[2] if mask is None else mask.sum(dim=1, keepdim=True)
+            numbers = total - new + torch.arange(new, device=positions.device)
+            positions[:, :, -new:] = numbers + carry
+        return model_kwargs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,6 +497,16 @@ class ZooMropeProcessor(ZooProcessor):
     def image_fields_from(cls, config: ZooMropeConfig) -> dict:
         return native_image_fields(config, config.spatial_merge_size)
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, *(["image_position_ids"] if self.video_time == "seconds" else [])]
+
+    @property
+    def clip_options(self) -> dict[str, Any]:
+        """As upstream: with time ids as many frames as fill whole patches, else the last one is repeated."""
+        frames = self.image_processor.temporal_patch_size
+        return {} if self.video_time == "timestamps" else {"frame_multiple": frames}
+
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
         return self.num_clip_tokens(1, height, width, **images_kwargs)
 
@@ -671,9 +535,8 @@ class ZooMropeProcessor(ZooProcessor):
             longest = max(times for times, _, _ in grids)
             ids = [self.time_ids(item, times) for item, (times, _, _) in zip(flat, grids, strict=True)]
             ids = [[*own, *[0] * (longest - len(own))] for own in ids]
-            processed = BatchFeature(
-                {**processed, "image_position_ids": ids}, tensor_type=kwargs.get("return_tensors")
-            )
+            # A tensor, asked for or not: trainers take lists of lists for one number a token
+            processed["image_position_ids"] = torch.tensor(ids)
         return processed, replacements
 
     def frame_text(self, num_tokens: int, seconds: float) -> str:
@@ -690,8 +553,8 @@ class ZooMropeProcessor(ZooProcessor):
         """The time ids of a clip's steps; a still has 0."""
         if not isinstance(item, Clip):
             return list(range(steps))
-        seconds_a_step = self.image_processor.temporal_patch_size / item.fps
-        return [int(step * (self.tokens_per_second * seconds_a_step)) for step in range(steps)]
+        seconds_a_step = torch.tensor(self.image_processor.temporal_patch_size / item.fps)  # float32, as upstream
+        return (torch.arange(steps) * (self.tokens_per_second * seconds_a_step)).long().tolist()
 
 
 publish(ZooMropeConfig)

@@ -96,6 +96,9 @@ class PatchEmbedding(nn.Module):
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """`float[N, C * F * P * P]`, or of a single frame `float[N, C * P * P]`, to `float[N, Dv]`."""
         weight = self.proj.weight  # [Dv, C, F, P, P]
+        if type(self.proj) is not nn.Conv3d:  # an adapter around it
+            pixels = patches.to(weight.dtype).unflatten(1, (weight.shape[1], -1, *weight.shape[3:]))
+            return self.proj(pixels.repeat(1, 1, weight.shape[2] // pixels.shape[2], 1, 1)).flatten(1)
         if patches.shape[-1] * weight.shape[2] == weight[0].numel():
             weight = sum(weight.unbind(dim=2))  # several times faster than a reduction over so short an axis
         return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
@@ -130,6 +133,7 @@ def build_native_tower(vision_config: PreTrainedConfig, layers: list[int]) -> Pr
     holder, name = find_layers(tower)
     setattr(holder, name, getattr(holder, name)[: max(*layers, 1)])
     if "grid_thw" in named:
+        _check_packed(tower)
         tower.patch_embed = PatchEmbedding(tower.patch_embed.proj)
         tower.merger = Neighbours(vision_config.spatial_merge_size)
         if hasattr(tower, "deepstack_merger_list"):
@@ -141,6 +145,48 @@ def build_native_tower(vision_config: PreTrainedConfig, layers: list[int]) -> Pr
         if hasattr(tower, "head"):
             del tower.head
     return tower
+
+
+def _check_packed(tower: PreTrainedModel) -> None:
+    """Raises `ValueError` unless a packed tower is built as Qwen's are: others merge patches in ways of their own."""
+    known = {"patch_embed", "pos_embed", "rotary_pos_emb", "blocks", "merger", "deepstack_merger_list"}
+    parts = {name for name, _ in tower.named_children()}
+    projection = getattr(getattr(tower, "patch_embed", None), "proj", None)
+    if not {"patch_embed", "blocks", "merger"} <= parts <= known or not isinstance(projection, nn.Conv3d):
+        raise ValueError(
+            f"{type(tower).__name__} takes packed patches, but is made of {sorted(parts)}; expected a tower like "
+            f"those of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, of {sorted(known)} with a Conv3d in patch_embed."
+        )
+
+
+def check_native_config(config: PreTrainedConfig, merge_name: str) -> None:
+    """
+    Raises `ValueError` unless a config with `vision_config`, `min_image_tokens`, `max_image_tokens` and
+    `max_clip_tokens` makes sense at native resolution.
+
+    Args:
+        merge_name: its field for the side of a square of neighbours.
+    """
+    bounds = config.min_image_tokens, config.max_image_tokens, config.max_clip_tokens
+    if not 1 <= bounds[0] <= bounds[1] <= bounds[2]:
+        raise ValueError(
+            f"Expected 1 <= min_image_tokens <= max_image_tokens <= max_clip_tokens, got {bounds[0]}, {bounds[1]} and "
+            f"{bounds[2]}."
+        )
+    if hasattr(config.vision_config, "vision_config"):
+        raise ValueError(
+            f"vision_config is of type '{config.vision_config.model_type}', a whole model's; expected the "
+            "vision_config inside it."
+        )
+    if config.vision_feature_select_strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy is '{config.vision_feature_select_strategy}', at native resolution it "
+            "must be 'default': prefix tokens have no place among patches."
+        )
+    merge_size = getattr(config, merge_name)
+    own = getattr(config.vision_config, "spatial_merge_size", merge_size)
+    if merge_size < 1 or own != merge_size:
+        raise ValueError(f"{merge_name} is {merge_size}, the tower orders its patches by squares of {own}.")
 
 
 def blank_patches(
@@ -177,7 +223,7 @@ def native_image_fields(config: PreTrainedConfig, merge_size: int) -> dict[str, 
 
 
 def spread(values: torch.Tensor, counts: torch.Tensor, total: int | None = None) -> torch.Tensor:
-    """Repeats `[I]` or `[I, …]` as often as `int[I]` says; a known `total` spares a device the wait for the sum."""
+    """Repeats `[I]` or `[I, …]` as often as `int[I]` says, to `total` rows."""
     return torch.repeat_interleave(values, counts, dim=0, output_size=total)
 
 
@@ -265,6 +311,47 @@ def check_patches(
         )
 
 
+def look_natively(
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    image_grid_thw: torch.Tensor | None,
+    layers: list[int],
+    merge_size: int,
+    position_mode: str | None = None,
+    **kwargs,
+) -> tuple[BaseModelOutputWithPooling, list[torch.Tensor], torch.Tensor]:
+    """
+    What a base model of the zoo sees of a batch, after a check of the batch.
+
+    Args:
+        model: with a tower of `build_native_tower`; without anything to train there, it runs without a graph.
+        pixel_values (`float[N, C * F * P * P]`), image_grid_thw (`int[I, 3]`): see the head of this file.
+        layers, merge_size, position_mode, kwargs: see `see_natively`.
+
+    Returns:
+        As `see_natively`, and the grids.
+    """
+    if image_grid_thw is None:
+        raise ValueError(
+            f"pixel_values {list(pixel_values.shape)} came without image_grid_thw, the patches of each image: was "
+            "this batch made by the processor of another model?"
+        )
+    grids, config = torch.as_tensor(image_grid_thw), model.config
+    check_patches(config.vision_config, pixel_values, grids, merge_size)
+    with torch.set_grad_enabled(model.tower_needs_graph(pixel_values)):
+        outputs, features = see_natively(
+            model.vision_tower,
+            pixel_values,
+            grids,
+            layers,
+            merge_size,
+            config.num_prefix_tokens,
+            position_mode,
+            **kwargs,
+        )
+    return outputs, features, grids
+
+
 def see_natively(
     tower: PreTrainedModel,
     patches: torch.Tensor,
@@ -314,7 +401,7 @@ def see_natively(
         return outputs, states[0]
     back = torch.argsort(torch.cat(rows))
     features = [torch.cat(pieces)[back] for pieces in zip(*states, strict=True)]
-    return BaseModelOutputWithPooling(last_hidden_state=features[-1]), features
+    return BaseModelOutputWithPooling(last_hidden_state=features[layers.index(max(layers))]), features
 
 
 def _see_packed(tower, patches, grids, layers, merge_size, position_mode, kwargs):
@@ -370,4 +457,10 @@ def _see_pictures(tower, patches, size, layers, merge_size, num_prefix_tokens, k
         kwargs = {**kwargs, "interpolate_pos_encoding": True}
     outputs = tower(pictures, **kwargs)
     states = [outputs.hidden_states[layer][:, num_prefix_tokens:] for layer in layers]
+    if states[0].shape[:2] != patches.shape[:2]:
+        raise ValueError(
+            f"{type(tower).__name__} made {list(states[0].shape[:2])} states of {list(patches.shape[:2])} "
+            f"patches, without {num_prefix_tokens} prefix tokens. Likely cause: another num_prefix_tokens, or a tower "
+            "that does not take pictures of any size."
+        )
     return outputs, [_by_squares(state, size, merge_size) for state in states]

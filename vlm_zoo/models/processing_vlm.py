@@ -104,8 +104,8 @@ class ZooProcessor(ProcessorMixin):
 
     @property
     def clip_options(self) -> dict[str, Any]:
-        """Defaults of `read_clip`: as many frames as fill whole patches, where these span several."""
-        return {"frame_multiple": self.image_processor.temporal_patch_size}
+        """Defaults of `read_clip`."""
+        return {}
 
     @property
     def caption_tokenizer(self):
@@ -189,6 +189,8 @@ class ZooProcessor(ProcessorMixin):
         """
         if text is not None and not isinstance(text, str) and len(text) == 0:
             raise ValueError("Got an empty list of texts: the batch has no row.")
+        if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
+            images = [[] if row is None else row for row in images]  # how data sets store a row without images
         self._check_rows(images, text)
         images, videos = self._with_clips(images, text, videos, kwargs), None
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -212,6 +214,10 @@ class ZooProcessor(ProcessorMixin):
         if return_types:
             encoded["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
         return BatchFeature({**encoded, **processed}, tensor_type=text_kwargs.get("return_tensors"))
+
+    def _expanded(self, text: list[str], replacements: list[str]) -> list[str]:
+        rest, rows = iter(replacements), [sample.split(self.image_token) for sample in text]
+        return ["".join([first, *(next(rest) + piece for piece in pieces)]) for first, *pieces in rows]
 
     def _check_rows(self, images, text) -> None:
         """Raises `ValueError` when images that are given row by row do not fit the image tokens of their rows."""
@@ -374,7 +380,8 @@ class ZooProcessor(ProcessorMixin):
     def _encode_expanded(self, text: list[str], replacements: list[str], text_kwargs: dict) -> dict:
         """
         Tokenises the short text and repeats ids: what tokenising the expanded text gives, without reading hundreds of
-        identical placeholders. Replacements that are more than image tokens are tokenised once each.
+        identical placeholders. Where a replacement is more than image tokens the expanded text is read, because words
+        may join it.
         """
         padding = {
             name: text_kwargs[name] for name in ("padding", "max_length", "pad_to_multiple_of") if name in text_kwargs
@@ -385,30 +392,19 @@ class ZooProcessor(ProcessorMixin):
             for name, value in text_kwargs.items()
             if name not in (*padding, "padding_side", "return_tensors", "return_text_replacement_offsets")
         }
-        encoded = self.tokenizer(text, **plain)
-        token, ids_of = self.image_token, {}
-        rest = iter(replacements)
-        for row, ids in enumerate(encoded["input_ids"]):
-            ids = np.asarray(ids, dtype=np.int64)
-            positions = np.flatnonzero(ids == self.image_token_id)
-            if len(positions) == 0:
-                continue
-            pieces, last, repeats = [], 0, np.ones(len(ids), dtype=np.int64)
-            for position in positions:
-                replacement = next(rest)
-                if replacement not in ids_of:
-                    only_tokens = replacement == token * (len(replacement) // len(token))
-                    ids_of[replacement] = (
-                        np.full(len(replacement) // len(token), self.image_token_id)
-                        if only_tokens
-                        else np.asarray(self.tokenizer(replacement, add_special_tokens=False)["input_ids"])
-                    )
-                pieces += [ids[last:position], ids_of[replacement]]
-                repeats[position] = len(ids_of[replacement])
-                last = position + 1
-            encoded["input_ids"][row] = np.concatenate([*pieces, ids[last:]]).tolist()
-            for name in encoded.keys() - {"input_ids"}:  # attention_mask, and token_type_ids of those who make them
-                encoded[name][row] = np.repeat(encoded[name][row], repeats).tolist()
+        token, counts = self.image_token, [len(replacement) // len(self.image_token) for replacement in replacements]
+        if any(replacement != token * count for replacement, count in zip(replacements, counts, strict=True)):
+            encoded = self.tokenizer(self._expanded(text, replacements), **plain)
+        else:
+            encoded, rest = self.tokenizer(text, **plain), iter(counts)
+            for row, ids in enumerate(encoded["input_ids"]):
+                places = np.flatnonzero(np.asarray(ids) == self.image_token_id)
+                if len(places) == 0:
+                    continue
+                repeats = np.ones(len(ids), dtype=np.int64)
+                repeats[places] = [next(rest) for _ in places]
+                for name in encoded:  # input_ids, attention_mask, and token_type_ids of those who make them
+                    encoded[name][row] = np.repeat(encoded[name][row], repeats).tolist()
         if padding.get("padding") not in (None, False, "do_not_pad"):
             encoded = self.tokenizer.pad(encoded, padding_side=side, **padding)
         if text_kwargs.get("return_tensors") is not None and len(set(map(len, encoded["input_ids"]))) == 1:

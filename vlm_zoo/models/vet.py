@@ -36,11 +36,11 @@ from .modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .native_vlm import (
     blank_patches,
     build_native_tower,
-    check_patches,
+    check_native_config,
     feature_width,
     is_native,
+    look_natively,
     native_image_fields,
-    see_natively,
 )
 from .parts_vlm import build_part, cut_tower, pair
 from .processing_vlm import ZooProcessor
@@ -145,11 +145,6 @@ class ZooVetConfig(ZooConfig):
 
     def validate_native_resolution(self):
         """Part of `@strict` validation: an image of its own size is one view, of whole squares."""
-        if not 1 <= self.min_image_tokens <= self.max_image_tokens <= self.max_clip_tokens:
-            raise ValueError(
-                f"Expected 1 <= min_image_tokens <= max_image_tokens <= max_clip_tokens, got {self.min_image_tokens}, "
-                f"{self.max_image_tokens} and {self.max_clip_tokens}."
-            )
         has_table = self.native_resolution and hasattr(self.vision_config, "num_position_embeddings")
         if self.position_interpolation is not None and not has_table:
             raise ValueError(
@@ -159,18 +154,10 @@ class ZooVetConfig(ZooConfig):
             )
         if not self.native_resolution:
             return
-        for name, wanted in (
-            ("max_tiles", None),
-            ("tower_norm", False),
-            ("vision_feature_select_strategy", "default"),
-        ):
+        check_native_config(self, "hidden_stride")
+        for name, wanted in (("max_tiles", None), ("tower_norm", False)):
             if getattr(self, name) != wanted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, at native resolution it must be {wanted!r}.")
-        own = getattr(self.vision_config, "spatial_merge_size", self.hidden_stride)
-        if own != self.hidden_stride:
-            raise ValueError(
-                f"hidden_stride is {self.hidden_stride}, the tower orders its patches by squares of {own}."
-            )
 
     def validate_tower_norm(self):
         """Part of `@strict` validation: the norm is that of the last layer."""
@@ -518,24 +505,16 @@ class ZooVetModel(ZooModel):
                 groups.flatten(0, 1),
                 [ImageViews(num_views(grid), groups.shape[1], grid) for grid in grids],
             )
-        if image_grid_thw is None:
-            raise ValueError(
-                f"pixel_values {list(pixel_values.shape)} came without image_grid_thw, the patches of each image: was "
-                "this batch made by the processor of another model?"
-            )
-        config, grids = self.config, torch.as_tensor(image_grid_thw)
-        check_patches(config.vision_config, pixel_values, grids, config.hidden_stride)
-        with torch.set_grad_enabled(self.tower_needs_graph(pixel_values)):
-            outputs, patches = see_natively(
-                self.vision_tower,
-                pixel_values,
-                grids,
-                config.feature_layers,
-                config.hidden_stride,
-                config.num_prefix_tokens,
-                config.position_interpolation,
-                **kwargs,
-            )
+        config = self.config
+        outputs, patches, grids = look_natively(
+            self,
+            pixel_values,
+            image_grid_thw,
+            config.feature_layers,
+            config.hidden_stride,
+            config.position_interpolation,
+            **kwargs,
+        )
         groups = torch.cat(patches, dim=-1).unflatten(0, (-1, config.hidden_stride**2)).flatten(1)
         counts = [math.prod(grid) // config.hidden_stride**2 for grid in grids.tolist()]
         clips = (grids[:, 0] > 1).tolist()
