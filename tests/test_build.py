@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -532,6 +533,15 @@ def test_a_chat_template_can_be_given_as_file_or_text(parts, tmp_path):
     for given in (template, tmp_path / "chat.jinja", str(tmp_path / "chat.jinja")):
         _, processor = build("llava", parts.vision("clip"), parts.language("llama"), chat_template=given)
         assert processor.chat_template == template
+
+
+def test_the_chat_template_writes_videos_where_the_architecture_takes_clips(parts):
+    _, processor = build("flamingo", parts.vision("clip"), parts.language("qwen3"))
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What moves?"}]}]
+    assert "<video>\nWhat moves?" in processor.apply_chat_template(messages)
+    _, processor = parts.built("clip", "qwen3")
+    with pytest.raises(TemplateError, match="Content of type video: expected image or text"):
+        processor.apply_chat_template(messages)
 
 
 def test_a_chat_template_that_cannot_be_extended_asks_for_another(parts, tmp_path):

@@ -182,8 +182,20 @@ def test_content_may_come_in_many_forms(content, expected):
 
 
 def test_content_of_an_unknown_type_is_refused_by_name():
-    with pytest.raises(Exception, match="Content of type audio: expected image, video or text"):
+    with pytest.raises(Exception, match="Content of type audio: expected image or text"):
         render(tiny_tokenizer(), plain_template("<image>"), [user([{"type": "audio"}])])
+    with pytest.raises(Exception, match="Content of type audio: expected image, video or text"):
+        render(tiny_tokenizer(), plain_template("<image>", "<video>"), [user([{"type": "audio"}])])
+
+
+@pytest.mark.parametrize("video", [{"type": "video"}, {"type": "video", "video": "film.mp4"}, {"video": "film.mp4"}])
+def test_a_video_is_refused_where_it_has_no_token(video):
+    tokenizer = wild("chatml")
+    template, _ = find_template(tokenizer, "<image>")
+    with pytest.raises(Exception, match=r"Content of type (video)?: expected image or text"):
+        render(tokenizer, template, [user([video])])
+    template, _ = find_template(tokenizer, "<image>", video_token="<film>")
+    assert render(tokenizer, template, [user([video])]) == "<|im_start|>user\n<film>\n<|im_end|>\n"
 
 
 def test_the_image_token_may_hold_quotes_and_backslashes():

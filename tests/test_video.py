@@ -2,6 +2,7 @@
 
 import sys
 import wave
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -124,6 +126,20 @@ def test_frames_are_taken_as_a_data_set_without_features_stores_them():
         read_clip([{"bytes": b"abc", "path": None}])
 
 
+def test_a_frame_that_would_be_a_huge_picture_is_refused(monkeypatch):
+    buffer = BytesIO()
+    picture(0).save(buffer, "png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(VideoError, match=r"bytes that would be a huge picture: .* exceeds limit of 200 pixels"):
+        read_clip([{"bytes": buffer.getvalue(), "path": None}])
+
+
+def test_pictures_with_more_pixels_than_a_frame_may_have_are_refused():
+    assert len(read_clip(film(2), max_pixels=40 * 56).frames) == 2
+    with pytest.raises(VideoError, match=r"the video has frames of 56 x 40 pixels .*, 2240 each, .* max_pixels=2239"):
+        read_clip(film(2), max_pixels=2239)
+
+
 def test_frames_of_unknown_speed_were_sampled_at_two_a_second():
     clip = read_clip(film(3))
     assert clip.times == [0.0, 0.5, 1.0] and clip.fps == 2.0
@@ -139,6 +155,13 @@ def test_the_number_of_sampled_frames_is_bounded():
     assert len(read_clip([frame(0)] * 100, metadata=metadata, max_frames=7).frames) == 7
     assert len(read_clip([frame(0)] * 100, fps=0.01, metadata=metadata, min_frames=6).frames) == 6
     assert len(read_clip([frame(0)] * 5, fps=0.01, metadata=metadata, min_frames=6).frames) == 5
+
+
+def test_either_bound_of_the_sampled_frames_may_be_given_alone():
+    frames, metadata = [frame(0)] * 1000, {"fps": 1000}
+    assert len(read_clip(frames, metadata=metadata).frames) == 4
+    assert len(read_clip(frames, metadata=metadata, max_frames=2).frames) == 2
+    assert len(read_clip(frames, metadata=metadata, min_frames=900).frames) == 900
 
 
 @pytest.mark.parametrize(
@@ -196,7 +219,10 @@ def test_a_clip_is_read_as_it_is():
         ({"num_frames": 0}, "num_frames must lie between 1 and max_frames=768, got 0"),
         ({"num_frames": 9, "max_frames": 8}, "max_frames=8, got 9"),
         ({"min_frames": 9, "max_frames": 8}, "min_frames <= max_frames"),
+        ({"min_frames": 0}, "1 <= min_frames"),
+        ({"max_frames": 0}, "1 <= min_frames"),
         ({"frame_multiple": 0}, "frame_multiple >= 1"),
+        ({"max_pixels": 0}, "max_pixels must be at least 1, got 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):
@@ -247,6 +273,19 @@ def test_more_frames_than_may_be_taken_are_refused_where_none_are_to_be_left_out
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def loaded(monkeypatch):
+    """The frames and metadata of every file that was decoded."""
+    given, load = [], video_vlm.load_video
+
+    def spy(*args, **kwargs):
+        given.append(load(*args, **kwargs))
+        return given[-1]
+
+    monkeypatch.setattr(video_vlm, "load_video", spy)
+    return given
+
+
 @pytest.mark.parametrize("name", ["film.mp4", "film.avi", "film.mkv"])  # the header of mkv counts no frames
 def test_a_file_gives_its_frames_at_their_times(write, name):
     clip = read_clip(write(name), fps=2)
@@ -256,17 +295,28 @@ def test_a_file_gives_its_frames_at_their_times(write, name):
     assert all(pixels.shape == (32, 48, 3) and pixels.dtype == np.uint8 for pixels in clip.frames)
 
 
-def test_only_the_sampled_frames_of_a_file_are_kept(write, monkeypatch):
-    given = []
-
-    def spy(*args, **kwargs):
-        given.append(load(*args, **kwargs))
-        return given[-1]
-
-    load = video_vlm.load_video
-    monkeypatch.setattr(video_vlm, "load_video", spy)
+def test_only_the_sampled_frames_of_a_file_are_kept(write, loaded):
     read_clip(str(write("film.mp4")), num_frames=3)
-    assert [len(pixels) for pixels, _ in given] == [3]
+    assert [len(pixels) for pixels, _ in loaded] == [3]
+
+
+def test_a_file_of_large_frames_is_refused_before_it_is_decoded(write, loaded):
+    path, message = (
+        write("film.mp4"),
+        r"the video has frames of 48 x 32 pixels .*, 1536 each, more than max_pixels=1535",
+    )
+    with pytest.raises(VideoError, match=message):
+        read_clip(path, max_pixels=1535)
+    assert not loaded
+    assert len(read_clip(path, max_pixels=1536, num_frames=2).frames) == 2
+
+
+def test_no_more_frames_of_a_file_are_decoded_than_may_be_taken(write, loaded):
+    read_clip(write("film.mp4"), fps=10, max_frames=2)
+    assert [len(pixels) for pixels, _ in loaded] == [2]
+    with pytest.raises(VideoError, match="has 40 frames, more than max_frames=2"):
+        read_clip(write("film.mp4"), do_sample_frames=False, max_frames=2)
+    assert len(loaded) == 1
 
 
 def test_all_frames_of_a_file_may_be_taken(write):
@@ -350,6 +400,9 @@ def test_videos_come_in_many_forms():
         "films": ([frames, clip, "a.mp4"], ([frames, clip, "a.mp4"], None)),
         "rows": ([[frames, clip], [], ["a.mp4"]], ([frames, clip, "a.mp4"], [2, 0, 1])),
         "rows without a video": ([[None], []], ([], [0, 0])),
+        "rows of which one is nothing": ([None, [frames]], ([frames], [0, 1])),
+        "a film for each row but one": ([None, frames, "a.mp4"], ([frames, "a.mp4"], [0, 1, 1])),
+        "nothing in every row": ([None, None], ([], [0, 0])),
         "rows of frames of paths": ([[paths]], ([paths], [1])),
     }.values():
         assert list_videos(given) == expected
@@ -426,7 +479,7 @@ def test_an_option_goes_before_the_architectures_own(flamingo, monkeypatch):
 
     def frames(**options) -> int:
         batch = flamingo(text=["<video>"], videos=[film(12)], video_metadata={"fps": 4}, **options)
-        return batch["image_grid_thw"][0][0]
+        return int(batch["image_grid_thw"][0][0])
 
     assert [frames(), frames(num_frames=3), frames(fps=2)] == [2, 3, 4]
 
@@ -434,7 +487,7 @@ def test_an_option_goes_before_the_architectures_own(flamingo, monkeypatch):
 def test_each_video_has_its_own_metadata(flamingo):
     metadata = [VideoMetadata(total_num_frames=20, fps=2.0), None]
     batch = flamingo(text=["<video><video>"], videos=[film(20), film(3)], fps=0.5, video_metadata=metadata)
-    assert batch["image_grid_thw"] == [[5, 1, 1], [3, 1, 1]]
+    assert batch["image_grid_thw"].tolist() == [[5, 1, 1], [3, 1, 1]]
 
 
 def test_files_reach_a_batch(write, processor):
@@ -495,6 +548,14 @@ def test_a_row_that_has_the_video_of_another_is_named(processor):
         processor(text=["a", "<video>"], videos=[[film(2)], []])
 
 
+def test_a_row_without_videos_may_be_none(processor):
+    texts = ["a", "<video>"]
+    found = processor(text=texts, videos=[None, [film(2)]], padding=True, return_tensors="pt")
+    assert same(found, processor(text=texts, videos=[[], [film(2)]], padding=True, return_tensors="pt"))
+    with pytest.raises(ValueError, match=r"in row 0 should be the number of its videos. Found 1 markers and 0 videos"):
+        processor(text=texts[::-1], videos=[None, [film(2)]])
+
+
 @pytest.mark.parametrize(("images", "count"), [(None, 0), ([[]], 0), ([[picture(0)] * 3], 3)])
 def test_images_beside_a_video_are_counted_too(processor, images, count):
     with pytest.raises(ValueError, match=f"Found.* 2 <image> tokens and {count} images"):
@@ -552,9 +613,14 @@ def test_architectures_without_clips_say_so(name):
     says = f"{type(processor).__name__} takes images, no videos: give frames as images"
     with pytest.raises(ValueError, match=says):
         processor(text=["<video>"], videos=[film(2)])
+
+
+@pytest.mark.parametrize("name", TAKES_IMAGES)
+def test_a_conversation_with_a_video_is_refused_where_architectures_take_no_clips(name):
     messages = [{"role": "user", "content": [{"type": "video", "video": film(2)}]}]
-    with pytest.raises(ValueError, match=says):
-        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    for options in ({"tokenize": False}, {"tokenize": True, "return_dict": True}):
+        with pytest.raises(TemplateError, match="Content of type video: expected image or text"):
+            tiny_processor(name).apply_chat_template(messages, **options)
 
 
 def test_an_architecture_without_clips_reads_the_marker_as_text():
@@ -614,7 +680,7 @@ def test_a_template_that_is_extended_writes_videos_in_their_order():
         "{% for message in messages %}[{{ message.role }}] {{ message.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
-    template, _ = find_template(tokenizer, "<image>")
+    template, _ = find_template(tokenizer, "<image>", video_token="<|film|>")
     content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "video"}, {"video": "x.mp4"}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], chat_template=template, tokenize=False
@@ -634,3 +700,18 @@ def test_user_text_cannot_bring_a_marker_of_its_own():
     )
     assert batch["input_ids"][0].count(processor.image_token_id) == 1
     assert "<|film|>" in processor.decode(batch["input_ids"][0])
+
+
+def test_a_video_of_too_large_frames_is_refused_before_it_is_decoded(write, processor, monkeypatch):
+    file = write("large.mp4")
+    monkeypatch.setattr(processor.image_processor, "max_image_pixels", 100)
+    with pytest.raises(VideoError, match="more than max_pixels=100"):
+        processor(text=["<video>"], videos=[file])
+
+
+def test_a_row_without_images_may_be_none(processor):
+    batch = processor(text=["a", "<image> b"], images=[None, [film(1)[0]]], padding=True)
+    found = [ids.count(processor.image_token_id) for ids in batch["input_ids"]]
+    assert found[0] == 0 and found[1] > 0
+    with pytest.raises(ValueError, match="row 0"):
+        processor(text=["<image> a", "b"], images=[None, [film(1)[0]]])

@@ -61,6 +61,7 @@ from .models.modeling_vlm import VISION_INPUTS
 from .models.native_vlm import is_native
 from .models.parts_vlm import measure_tower, part_class
 from .models.processing_vlm import ZooProcessor
+from .models.video_vlm import video_marker
 from .registry import ZOO, ZooEntry
 from .saving import writing_folder
 
@@ -151,7 +152,7 @@ def build(
     vision_config, num_prefix_tokens = _vision_config(entry, vision, whole_vision_config)
     text_config = _text_config(language, _read_config(language, "language model"))
     tokenizer = _load_tokenizer(language, image_token, trust_remote_code)
-    template, end_of_turn = _chat_template(tokenizer, image_token, chat_template, language)
+    template, end_of_turn = _chat_template(entry, tokenizer, image_token, chat_template, language)
     _resolve_pad_token(tokenizer, end_of_turn)
 
     tower, missing = _load_tower(vision, vision_config, whole_vision_config)
@@ -384,7 +385,11 @@ def _load_tokenizer(source: str, image_token: str, trust_remote_code: bool) -> P
 
 
 def _chat_template(
-    tokenizer: PreTrainedTokenizerBase, image_token: str, chat_template: str | os.PathLike | None, source: str
+    entry: ZooEntry,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str,
+    chat_template: str | os.PathLike | None,
+    source: str,
 ) -> tuple[str, str]:
     given = chat_template is not None
     if given and (isinstance(chat_template, os.PathLike) or "{" not in chat_template):
@@ -393,7 +398,8 @@ def _chat_template(
         except OSError as error:
             raise BuildError(f"The chat template cannot be read from '{chat_template}': {error}") from error
     try:
-        return find_template(tokenizer, image_token, chat_template)
+        video_token = video_marker(tokenizer) if entry.processor.takes_clips else None
+        return find_template(tokenizer, image_token, chat_template, video_token)
     except ChatTemplateError as error:
         if given:
             raise BuildError(f"The given chat template does not suit the tokenizer of '{source}': {error}") from error

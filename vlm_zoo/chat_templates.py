@@ -1,9 +1,9 @@
 """Chat templates: the zoo's plain one, and the extension of a language model's own to image content.
 
-A template of the zoo accepts a message's content as text or as a list of `{"type": "image"}`, `{"type": "video"}` and
-`{"type": "text"}` in every role, and wraps what the assistant says, its end-of-turn token included, in
-`{% generation %}`: with it `assistant_only_loss` is exact. The text of a conversation of words alone is, to the
-letter, what the template that it extends makes of it.
+A template of the zoo accepts a message's content as text or as a list of `{"type": "image"}` and `{"type": "text"}`,
+and of `{"type": "video"}` where the architecture takes clips, in every role, and wraps what the assistant says, its
+end-of-turn token included, in `{% generation %}`: with it `assistant_only_loss` is exact. The text of a conversation
+of words alone is, to the letter, what the template that it extends makes of it.
 
     prelude     messages whose content is a list    ->  the same messages, their content a string
     own         those messages                      ->  text: the language model's template, unchanged
@@ -19,8 +19,6 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
-
-from .models.video_vlm import video_marker
 
 
 logger = logging.getLogger(__name__)
@@ -41,19 +39,24 @@ _PRELUDE = """\
                 {%- set zoo.text = zoo.text ~ item %}
             {%- elif item.type in ('image', 'image_url') or item.type is not defined and 'image' in item %}
                 {%- set zoo.text = zoo.text ~ IMAGE_TOKEN ~ '\\n' %}
-            {%- elif item.type == 'video' or item.type is not defined and 'video' in item %}
-                {%- set zoo.text = zoo.text ~ VIDEO_TOKEN ~ '\\n' %}
+VIDEO_BRANCH\
             {%- elif item.type == 'text' or item.type is not defined and 'text' in item %}
                 {%- set zoo.text = zoo.text ~ (item.text or '') %}
             {%- elif message.role == 'tool' %}
                 {%- set zoo.keep = true %}
             {%- else %}
-                {{- raise_exception('Content of type ' ~ item.type ~ ': expected image, video or text.') }}
+                {{- raise_exception('Content of type ' ~ item.type ~ ': expected KINDS.') }}
             {%- endif %}
         {%- endfor %}
     {%- endif %}
     {%- set zoo.messages = zoo.messages + [message if zoo.keep else dict(message, content=zoo.text)] %}
 {%- endfor %}
+"""
+
+# For architectures that take clips. Without it a video is content of an unknown type.
+_VIDEO_BRANCH = """\
+            {%- elif item.type == 'video' or item.type is not defined and 'video' in item %}
+                {%- set zoo.text = zoo.text ~ VIDEO_TOKEN ~ '\\n' %}
 """
 
 # For templates that carry their own marks.
@@ -109,25 +112,28 @@ class ChatTemplateError(ValueError):
     """A chat template that cannot be extended, or that does not keep what the zoo promises of its templates."""
 
 
-def plain_template(image_token: str, video_token: str = "<video>") -> str:
+def plain_template(image_token: str, video_token: str | None = None) -> str:
     """The zoo's plain template, for these tokens."""
     return extend_template(_PLAIN, image_token, video_token)
 
 
-def extend_template(template: str, image_token: str, video_token: str = "<video>") -> str:
+def extend_template(template: str, image_token: str, video_token: str | None = None) -> str:
     """
     Extends a template that takes content as strings.
 
     Args:
         template: the language model's own, with or without `{% generation %}`.
         image_token: what an image is written as.
-        video_token: what a video is written as, where the architecture takes videos.
+        video_token: what a video is written as; without it videos are refused, as content of any unknown type.
 
     Returns:
-        A template that also takes content as lists with images and videos, and that marks the assistant's turns.
+        A template that also takes content as lists with images, and videos, and that marks the assistant's turns.
     """
     tokens = {"IMAGE_TOKEN": image_token, "VIDEO_TOKEN": video_token}
-    prelude = re.sub("|".join(tokens), lambda match: json.dumps(tokens[match[0]], ensure_ascii=False), _PRELUDE)
+    takes_clips = video_token is not None
+    prelude = _PRELUDE.replace("VIDEO_BRANCH", _VIDEO_BRANCH if takes_clips else "")
+    prelude = prelude.replace("KINDS", "image, video or text" if takes_clips else "image or text")
+    prelude = re.sub("|".join(tokens), lambda match: json.dumps(tokens[match[0]], ensure_ascii=False), prelude)
     template = re.sub(r"(\r\n|\r|\n)\Z", "", template)  # jinja drops one line break at the end, but not inside a macro
     return prelude + (_OWN if has_generation(template) else _OWN_MARKED).replace("OWN_TEMPLATE", template)
 
@@ -138,7 +144,7 @@ def has_generation(template: str) -> bool:
 
 
 def find_template(
-    tokenizer: PreTrainedTokenizerBase, image_token: str, template: str | None = None
+    tokenizer: PreTrainedTokenizerBase, image_token: str, template: str | None = None, video_token: str | None = None
 ) -> tuple[str, str]:
     """
     Finds the template of a vision-language model whose language model has this tokenizer.
@@ -150,6 +156,7 @@ def find_template(
     Args:
         tokenizer: with the image token among its special tokens.
         template: instead of the tokenizer's own. One that writes images and marks turns itself is used as it is.
+        video_token: what a video is written as, where the architecture takes clips.
 
     Returns:
         The template, and the token that ends the assistant's turn.
@@ -180,7 +187,7 @@ def find_template(
             "The tokenizer has no chat template, and no end-of-sequence token with which the plain one of the zoo "
             "could end a turn."
         )
-    results = [_extend_and_check(tokenizer, base, image_token) for base in bases]
+    results = [_extend_and_check(tokenizer, base, image_token, video_token) for base in bases]
     passed = [result for result in results if not isinstance(result, ChatTemplateError)]
     if not passed:
         raise results[-1]
@@ -230,10 +237,12 @@ def _training_variant(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
 
 
-def _extend_and_check(tokenizer, base: str, image_token: str) -> tuple[str, str] | ChatTemplateError:
-    extended = extend_template(base, image_token, video_marker(tokenizer))
+def _extend_and_check(
+    tokenizer, base: str, image_token: str, video_token: str | None
+) -> tuple[str, str] | ChatTemplateError:
+    extended = extend_template(base, image_token, video_token)
     try:
-        return extended, check_template(tokenizer, extended, image_token, reference=base)
+        return extended, check_template(tokenizer, extended, image_token, base, video_token)
     except ChatTemplateError as error:
         return error
 
@@ -277,7 +286,11 @@ _CONVERSATIONS = (
 
 
 def check_template(
-    tokenizer: PreTrainedTokenizerBase, template: str, image_token: str, reference: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_token: str,
+    reference: str | None = None,
+    video_token: str | None = None,
 ) -> str:
     """
     Renders a template and checks that conversations without images come out as from `reference`, that images come out
@@ -286,6 +299,7 @@ def check_template(
     Args:
         template: the template to check.
         reference: the template that it extends; without one the first of these checks is left out.
+        video_token: what a video is written as, where the template takes videos; the first check is theirs too.
 
     Returns:
         The token that ends the assistant's turn.
@@ -301,7 +315,7 @@ def check_template(
     if lost:
         raise ChatTemplateError(f"The chat template loses what was said: no {lost[0]!r} in {chat!r}.")
     if reference is not None:
-        _check_text(tokenizer, template, image_token, reference)
+        _check_text(tokenizer, template, image_token, reference, video_token)
     if not _writes_images(tokenizer, template, image_token):
         raise ChatTemplateError(f"The chat template does not write images as {image_token!r}, in their order.")
     return _check_marks(tokenizer, template)
@@ -320,17 +334,18 @@ def _render(tokenizer, template: str, messages: list, prompt: bool = False, **kw
     return texts[0], marks[0] if marks else []
 
 
-def _check_text(tokenizer, template: str, image_token: str, reference: str) -> None:
+def _check_text(tokenizer, template: str, image_token: str, reference: str, video_token: str | None) -> None:
     """Strings, lists of text, and lists with images and videos must come out as the strings that they stand for."""
     before = [{"type": "image"}, {"type": "text", "text": _QUESTIONS[0]}]
     among = [{"type": "text", "text": "This: "}, {"type": "image_url"}, {"type": "image"}, {"text": "?"}]
     films = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": _QUESTIONS[0]}]
-    image, video = f"{image_token}\n", f"{video_marker(tokenizer)}\n"
+    image, video = f"{image_token}\n", f"{video_token}\n"
     pairs = [
         ([_user(before), *_CHAT[1:]], [_user(image + _QUESTIONS[0]), *_CHAT[1:]]),
         ([*_CHAT[:2], _user(among), _CHAT[3]], [*_CHAT[:2], _user(f"This: {image}{image}?"), _CHAT[3]]),
-        ([_user(films), *_CHAT[1:]], [_user(video + image + _QUESTIONS[0]), *_CHAT[1:]]),
     ]
+    if video_token is not None:
+        pairs.append(([_user(films), *_CHAT[1:]], [_user(video + image + _QUESTIONS[0]), *_CHAT[1:]]))
     for messages in _CONVERSATIONS:
         listed = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         pairs += [(messages, messages), (listed, messages)]

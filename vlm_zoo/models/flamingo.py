@@ -600,10 +600,18 @@ class ZooFlamingoProcessor(ZooProcessor):
     """
     Images, clips and text to a batch for Flamingo: one placeholder for an image or a clip.
 
+    num_frames (`int`): how many frames of a video are sampled, where a call says neither `num_frames` nor `fps`.
+
     With clips `pixel_values` holds the frames of all of them, and `image_grid_thw` says how many belong together.
     """
 
     takes_clips = True
+
+    def __init__(self, image_processor=None, tokenizer=None, num_frames: int = 8, chat_template=None):
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}.")
+        self.num_frames = num_frames
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -611,7 +619,12 @@ class ZooFlamingoProcessor(ZooProcessor):
 
     @classmethod
     def fields_from(cls, config: ZooFlamingoConfig) -> dict:
-        return {}
+        return {"num_frames": config.num_frame_embeddings or 8}
+
+    @property
+    def clip_options(self) -> dict[str, Any]:
+        """Every frame has a learned embedding of its place, as far as the model has them."""
+        return {"num_frames": self.num_frames}
 
     def num_image_tokens(self, height: int, width: int, **images_kwargs) -> int:
         return 1
@@ -622,7 +635,7 @@ class ZooFlamingoProcessor(ZooProcessor):
             return super()._process_images(images, **kwargs)
         frames = [item.frames if isinstance(item, Clip) else [item] for item in items]
         processed = self.image_processor([frame for clip in frames for frame in clip], **kwargs)
-        processed["image_grid_thw"] = [[len(clip), 1, 1] for clip in frames]
+        processed["image_grid_thw"] = torch.tensor([[len(clip), 1, 1] for clip in frames])
         return processed, [self.image_text(1)] * len(items)
 
 

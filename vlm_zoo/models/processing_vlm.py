@@ -40,7 +40,7 @@ _NEEDS_EXPANDED_TEXT = (
 
 
 # Options of `read_clip` that a call, or an architecture's `clip_options`, may give.
-_CLIP_OPTIONS = ("fps", "num_frames", "do_sample_frames", "min_frames", "max_frames", "frame_multiple")
+_CLIP_OPTIONS = ("fps", "num_frames", "do_sample_frames", "min_frames", "max_frames", "max_pixels", "frame_multiple")
 
 
 class ZooVideosKwargs(VideosKwargs, total=False):
@@ -48,11 +48,13 @@ class ZooVideosKwargs(VideosKwargs, total=False):
     Options for videos, those of `read_clip`: `fps`, `num_frames`, `do_sample_frames`, `video_metadata`, and
 
     min_frames, max_frames (`int`, *optional*): bounds of what `fps` samples.
+    max_pixels (`int`, *optional*): pixels of a frame in the file, at most; by default those of an image.
     frame_multiple (`int`, *optional*): `fps` samples a multiple of this where it can.
     """
 
     min_frames: int | None
     max_frames: int | None
+    max_pixels: int | None
     frame_multiple: int | None
 
 
@@ -301,11 +303,14 @@ class ZooProcessor(ProcessorMixin):
                 f"videos_kwargs has {sorted(unknown)}, expected options of sampling: {', '.join(_CLIP_OPTIONS)} and "
                 "video_metadata. Pixels of clips are made as those of images, with images_kwargs."
             )
-        merged = {**self.clip_options, **self._merge_kwargs(**kwargs)["videos_kwargs"]}
+        bounds = {"max_pixels": self.image_processor.max_image_pixels}  # the same as for pictures
+        merged = {**bounds, **self.clip_options, **self._merge_kwargs(**kwargs)["videos_kwargs"]}
         given = {*own, *kwargs}
         for one, other in (("fps", "num_frames"), ("num_frames", "fps")):
             if one in given and other not in given:
                 merged.pop(other, None)
+        if "num_frames" not in given and merged.get("num_frames") and merged.get("max_frames"):
+            merged["num_frames"] = min(merged["num_frames"], merged["max_frames"])
         names = (*_CLIP_OPTIONS, "video_metadata")
         return {name: merged[name] for name in names if merged.get(name) is not None}
 
@@ -335,7 +340,11 @@ class ZooProcessor(ProcessorMixin):
             return images
         if not any(holds_frames(item) for row in images for item in row):
             return images
-        options = {name: value for name, value in self._clip_options(kwargs).items() if name in ("fps", "max_frames")}
+        options = {
+            name: value
+            for name, value in self._clip_options(kwargs).items()
+            if name in ("fps", "max_frames", "max_pixels")
+        }
         return [
             [
                 read_clip(item, do_sample_frames=False, name=f"image {index} of row {number}", **options)

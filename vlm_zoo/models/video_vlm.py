@@ -25,9 +25,12 @@ from transformers.video_utils import load_video
 # What frames are sampled at, and what frames of unknown speed are taken to be sampled at; Qwen2-VL's and Qwen3-VL's.
 DEFAULT_FPS = 2.0
 
+# Bounds of what is sampled by frames a second; Qwen3-VL's.
+DEFAULT_MIN_FRAMES, DEFAULT_MAX_FRAMES = 4, 768
+
 
 class VideoError(ValueError):
-    """A video that cannot be used: unreadable, truncated, without frames, or no video at all."""
+    """A video that cannot be used: unreadable, truncated, too large, without frames, or no video at all."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ def read_clip(
     num_frames: int | None = None,
     do_sample_frames: bool = True,
     metadata: Mapping | None = None,
-    min_frames: int = 4,
-    max_frames: int = 768,
+    min_frames: int | None = None,
+    max_frames: int | None = None,
+    max_pixels: int | None = None,
     frame_multiple: int = 1,
     name: str = "the video",
 ) -> Clip:
@@ -71,14 +75,19 @@ def read_clip(
             Of frames that were taken out of a video: `fps` of the video, `total_num_frames`, and `frames_indices`,
             the place of each frame in it. A file speaks for itself. Without `fps` the frames are taken as sampled
             already, at `fps`; then only `num_frames` leaves any out.
-        min_frames, max_frames: bounds of what `fps` samples, as far as the video has so many frames.
+        min_frames, max_frames:
+            Bounds of what `fps` samples, as far as the video has so many frames; 4 and 768 by default, or the other
+            one where that lies beyond. No option takes more frames than `max_frames`.
+        max_pixels:
+            Of one frame, none by default. A file of larger frames is refused before any is decoded, and so is a PIL
+            picture among frames at hand; arrays are decoded already, and paths of pictures are not opened here.
         frame_multiple: `fps` samples a multiple of this where the bounds allow it.
         name: what errors call the video.
 
     Raises:
         ImportError: for a file, when PyAV is missing.
-        VideoError: when the video is no video, has no frames or is truncated, or when there are more frames than
-            `max_frames` and none are to be left out.
+        VideoError: when the video is no video, has no frames or is truncated, when its frames have more pixels than
+            `max_pixels`, or when there are more of them than `max_frames` and none are to be left out.
         ValueError: when an option is out of range, or both `fps` and `num_frames` are given.
     """
     if isinstance(video, Clip):
@@ -87,6 +96,10 @@ def read_clip(
         raise ValueError(f"Got both fps={fps} and num_frames={num_frames}: give the one that decides.")
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"fps must be a positive number, got {fps}.")
+    if max_frames is None:
+        max_frames = max(DEFAULT_MAX_FRAMES, min_frames or 0)
+    if min_frames is None:
+        min_frames = min(DEFAULT_MIN_FRAMES, max_frames)
     if not 1 <= min_frames <= max_frames or frame_multiple < 1:
         raise ValueError(
             f"Expected 1 <= min_frames <= max_frames and frame_multiple >= 1, got {min_frames}, {max_frames} and "
@@ -94,6 +107,9 @@ def read_clip(
         )
     if num_frames is not None and not 1 <= num_frames <= max_frames:
         raise ValueError(f"num_frames must lie between 1 and max_frames={max_frames}, got {num_frames}.")
+
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"max_pixels must be at least 1, got {max_pixels}.")
 
     def sample(available: int, seconds: float | None) -> np.ndarray:
         """Which of `available` frames of so many seconds are taken; of unknown speed all, unless they are counted."""
@@ -117,8 +133,8 @@ def read_clip(
 
     try:
         if isinstance(video, str | os.PathLike):
-            return _read_file(os.fspath(video), sample)
-        frames = _frames(video)
+            return _read_file(os.fspath(video), sample, max_pixels)
+        frames = _frames(video, max_pixels)
         source_fps, places, total = _places(len(frames), metadata)
         chosen = sample(len(frames), None if source_fps is None else total / source_fps)
     except VideoError as error:
@@ -153,11 +169,24 @@ def _opened(frame: Any) -> Any:
         return frame["path"]
     try:
         return PIL.Image.open(BytesIO(frame["bytes"]))
-    except PIL.UnidentifiedImageError as error:
+    except PIL.Image.DecompressionBombError as error:
+        raise VideoError(
+            f"has a frame of {len(frame['bytes'])} bytes that would be a huge picture: {error}"
+        ) from error
+    except (OSError, ValueError) as error:  # UnidentifiedImageError is an OSError
         raise VideoError(f"has a frame of {len(frame['bytes'])} bytes that are no picture") from error
 
 
-def _frames(video: Any) -> list:
+def _check_size(height: int, width: int, max_pixels: int | None) -> None:
+    """Raises `VideoError` when frames have more pixels than they may."""
+    if max_pixels is not None and height * width > max_pixels:
+        raise VideoError(
+            f"has frames of {width} x {height} pixels (width x height), {height * width} each, more than "
+            f"max_pixels={max_pixels}: give a smaller version of it"
+        )
+
+
+def _frames(video: Any, max_pixels: int | None) -> list:
     if number_of_axes(video) == 4:
         frames = list(video)
     elif isinstance(video, list | tuple):
@@ -168,6 +197,8 @@ def _frames(video: Any) -> list:
                     f"has a frame {index} of {_described(frame)}, expected a PIL picture, an array or tensor of two "
                     "or three axes, or a path"
                 )
+            if isinstance(frame, PIL.Image.Image):
+                _check_size(frame.height, frame.width, max_pixels)
     else:
         raise VideoError(
             f"is of {_described(video)}, expected a path or URL, a list of pictures, or an array or tensor of four "
@@ -222,7 +253,7 @@ def _pyav():
     return av
 
 
-def _read_file(source: str, sample: Callable) -> Clip:
+def _read_file(source: str, sample: Callable, max_pixels: int | None) -> Clip:
     """The frames of a file that `sample(available, seconds)` chooses."""
     _pyav()
     is_url = source.startswith(("http://", "https://"))
@@ -230,9 +261,9 @@ def _read_file(source: str, sample: Callable) -> Clip:
         raise VideoError(f"is no file or URL: {source[:200]!r}")
     try:
         # A file is counted, as the headers of some formats say nothing; of a URL what the header says must do.
-        clip = _decode(source, sample, None if is_url else _count(source, decoded=False))
+        clip = _decode(source, sample, None if is_url else _count(source, decoded=False), max_pixels)
         if clip is None and not is_url:  # the file holds frames that the decoder does not show
-            clip = _decode(source, sample, _count(source, decoded=True))
+            clip = _decode(source, sample, _count(source, decoded=True), max_pixels)
     except VideoError:
         raise
     except Exception as error:  # decoders and downloads raise all sorts of errors
@@ -245,12 +276,13 @@ def _read_file(source: str, sample: Callable) -> Clip:
     return clip
 
 
-def _decode(source: str, sample: Callable, count: int | None) -> Clip | None:
+def _decode(source: str, sample: Callable, count: int | None, max_pixels: int | None) -> Clip | None:
     """The frames chosen among `count`, by default what the header counts; `None` where not all of them are there."""
     total, source_fps = 0, 0.0
 
     def choose(metadata, **kwargs) -> np.ndarray:
         nonlocal total, source_fps
+        _check_size(metadata.height, metadata.width, max_pixels)
         total, source_fps = metadata.total_num_frames if count is None else count, metadata.fps
         if not total or not source_fps:
             raise VideoError(
@@ -299,7 +331,8 @@ def list_videos(videos: Any) -> tuple[list, list[int] | None]:
     Args:
         videos:
             One video, a list of them, or a list of such lists for the rows. A list of pictures is one video; one of
-            paths is as many videos, unless it stands in the list of a row, where it is the frames of one.
+            paths is as many videos, unless it stands in the list of a row, where it is the frames of one. `None` is a
+            row without videos, and makes rows of the entries beside it.
 
     Returns:
         The videos, and how many each row has, `None` where they do not come row by row.
@@ -314,10 +347,11 @@ def list_videos(videos: Any) -> tuple[list, list[int] | None]:
         raise VideoError(
             f"videos is of {_described(videos)}, expected a video, a list of them, or lists for the rows."
         )
-    rows = [[entry] if _is_video(entry) else entry for entry in videos if entry is not None]
+    by_row = all(isinstance(entry, list | tuple) and not _is_video(entry) for entry in videos if entry is not None)
+    by_row = by_row or any(entry is None for entry in videos)
+    rows = [[] if entry is None else [entry] if _is_video(entry) else entry for entry in videos]
     rows = [list(row) if isinstance(row, list | tuple) or number_of_axes(row) == 5 else [row] for row in rows]
     rows = [[video for video in row if video is not None] for row in rows]
-    by_row = all(isinstance(entry, list | tuple) and not _is_video(entry) for entry in videos)
     return [video for row in rows for video in row], [len(row) for row in rows] if by_row else None
 
 

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ..chat_templates import plain_template, response_tokens
 from ..models.processing_vlm import ZooProcessor
+from ..models.video_vlm import video_marker
 from ..registry import ZOO, ZooEntry
 
 
@@ -178,7 +179,7 @@ def tiny_processor(model_type: str, config: PreTrainedConfig | None = None) -> Z
     return entry.processor(
         image_processor,
         tokenizer,
-        chat_template=plain_template(IMAGE_TOKEN),
+        chat_template=plain_template(IMAGE_TOKEN, video_marker(tokenizer) if entry.processor.takes_clips else None),
         **entry.processor.fields_from(config),
     )
 
