@@ -255,6 +255,8 @@ except ValueError as error:
 else:
     raise AssertionError("unequal ranks were accepted")
 save_file({name: tensor.contiguous() for name, tensor in found.items()}, f"{folder}/rank{rank}.safetensors")
+torch.distributed.barrier()  # a rank that leaves first can take the other with it
+torch.distributed.destroy_process_group()
 """
 
 
