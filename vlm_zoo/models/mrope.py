@@ -39,6 +39,7 @@ from .native_vlm import (
     build_native_tower,
     check_native_config,
     feature_width,
+    in_squares,
     look_natively,
     native_image_fields,
     spread,
@@ -318,9 +319,8 @@ class ZooMropeModel(ZooModel):
             past: how many tokens the cache holds.
             carry (`int[B, 1]`, *optional*): of what the cache holds; without images there it may be left out.
         """
-        side, config = self.config.spatial_merge_size, self.config
-        grids = vision_inputs["image_grid_thw"].to(visual.device)
-        grids = torch.cat((grids[:, :1], grids[:, 1:] // side), dim=1)
+        config = self.config
+        grids = in_squares(vision_inputs["image_grid_thw"].to(visual.device), config.spatial_merge_size)
         times = vision_inputs.get("image_position_ids")
         if config.video_time == "timestamps":  # each frame is an image of its own
             grids, times = spread(grids, grids[:, 0]), None

@@ -232,6 +232,34 @@ def starts(counts: torch.Tensor) -> torch.Tensor:
     return counts.cumsum(0) - counts
 
 
+class Places(NamedTuple):
+    """
+    Where each of the cells of several grids stands, `int[K]` each, one grid after the other and frame by frame.
+
+    image: the number of its grid. frame: its frame. within: its number in the frame. width: of its grid.
+    """
+
+    image: torch.Tensor
+    frame: torch.Tensor
+    within: torch.Tensor
+    width: torch.Tensor
+
+
+def places_in(grids: torch.Tensor) -> Places:
+    """Lists the cells of grids `int[I, 3]`."""
+    counts = grids.prod(dim=1)
+    total = int(counts.sum())
+    image = spread(torch.arange(len(grids), device=grids.device), counts, total)
+    _, height, width = grids[image].unbind(dim=1)
+    within = torch.arange(total, device=grids.device) - starts(counts)[image]
+    return Places(image, within // (height * width), within % (height * width), width)
+
+
+def in_squares(grids: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Grids `int[I, 3]` of patches as grids of squares of neighbours."""
+    return torch.cat((grids[:, :1], grids[:, 1:] // merge_size), dim=1)
+
+
 def patch_places(grids: torch.Tensor, merge_size: int) -> torch.Tensor:
     """
     Row and column of every patch, in the order of the patches: `int[N, 2]`.
@@ -240,11 +268,7 @@ def patch_places(grids: torch.Tensor, merge_size: int) -> torch.Tensor:
         grids (`int[I, 3]`): in patches.
         merge_size: side of a square of neighbours.
     """
-    counts = grids.prod(dim=1)
-    total = int(counts.sum())
-    image = spread(torch.arange(len(grids), device=grids.device), counts, total)
-    _, height, width = grids[image].unbind(dim=1)
-    within = (torch.arange(total, device=grids.device) - starts(counts)[image]) % (height * width)
+    _, _, within, width = places_in(grids)
     square, inside = within // merge_size**2, within % merge_size**2
     columns = width // merge_size
     rows = square // columns * merge_size + inside // merge_size
@@ -263,15 +287,10 @@ def window_order(grids: torch.Tensor, merge_size: int, window: int) -> tuple[tor
     Returns:
         The order `int[N / merge_size²]`, and the bounds `int[W + 1]` of the windows in patches.
     """
-    grids = torch.cat((grids[:, :1], grids[:, 1:] // merge_size), dim=1)
-    counts = grids.prod(dim=1)
-    total = int(counts.sum())
+    grids = in_squares(grids, merge_size)
     windows_a_row = -(-grids[:, 2] // window)
     windows_a_frame = -(-grids[:, 1] // window) * windows_a_row
-    image = spread(torch.arange(len(grids), device=grids.device), counts, total)
-    _, height, width = grids[image].unbind(dim=1)
-    within = torch.arange(total, device=grids.device) - starts(counts)[image]
-    frame, within = within // (height * width), within % (height * width)
+    image, frame, within, width = places_in(grids)
     number = starts(windows_a_frame * grids[:, 0])[image] + frame * windows_a_frame[image]
     number += within // width // window * windows_a_row[image] + within % width // window
     order = torch.argsort(number, stable=True)

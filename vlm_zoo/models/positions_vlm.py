@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .native_vlm import spread, starts
+from .native_vlm import places_in
 from .parts_vlm import find_layers
 
 
@@ -44,19 +44,16 @@ def multi_axis_positions(
         padding, to have its position.
     """
     valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
-    counts = grids.prod(dim=1)
-    total = int(counts.sum())
-    image = spread(torch.arange(len(grids), device=grids.device), counts, total)  # int[K], whose token it is
-    _, height, width = grids[image].unbind(dim=1)
-    within = torch.arange(total, device=grids.device) - starts(counts)[image]
-    frame, rest = within // (height * width), within % (height * width)
+    image, frame, within, width = places_in(grids)
     time = frame if times is None else times[image, frame]
-    places = torch.stack((time, rest // width, rest % width))  # int[3, K], from the start of the image
+    places = torch.stack((time, within // width, within % width))  # int[3, K], from the start of the image
 
     moves = grids[:, 1:].amax(dim=1)
     if after_image == "extent":
         moves = moves.scatter_reduce(0, image, time + 1, "amax")
-    last = torch.zeros_like(time).index_copy(0, counts.cumsum(0) - 1, moves)  # an image moves on at its last token
+    last = torch.zeros_like(time).index_copy(
+        0, grids.prod(dim=1).cumsum(0) - 1, moves
+    )  # an image moves on at its last token
     steps = valid.long().masked_scatter(visual, last)
     ends = steps.cumsum(dim=1)
     positions = (ends - steps) + torch.zeros_like(steps).expand(3, -1, -1).masked_scatter(visual, places)
