@@ -51,10 +51,9 @@ def multi_axis_positions(
     moves = grids[:, 1:].amax(dim=1)
     if after_image == "extent":
         moves = moves.scatter_reduce(0, image, time + 1, "amax")
-    last = torch.zeros_like(time).index_copy(
-        0, grids.prod(dim=1).cumsum(0) - 1, moves
-    )  # an image moves on at its last token
-    steps = valid.long().masked_scatter(visual, last)
+    last_tokens = grids.prod(dim=1).cumsum(0) - 1
+    moved = torch.zeros_like(time).index_copy(0, last_tokens, moves)  # an image moves on at its last token
+    steps = valid.long().masked_scatter(visual, moved)
     ends = steps.cumsum(dim=1)
     positions = (ends - steps) + torch.zeros_like(steps).expand(3, -1, -1).masked_scatter(visual, places)
     return positions.masked_fill(~valid, 0), ends[:, -1:] - valid.sum(dim=1, keepdim=True)
