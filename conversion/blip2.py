@@ -50,9 +50,9 @@ from vlm_zoo.models.blip2 import (
     ZooBlip2Config,
     ZooBlip2ForConditionalGeneration,
     ZooBlip2Processor,
-    compact,
 )
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
+from vlm_zoo.models.layers import compact
 
 from . import engine, flow, lavis, llava_original, parity
 from .engine import ConversionError, Table, Target

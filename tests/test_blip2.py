@@ -23,7 +23,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from vlm_zoo import build
 from vlm_zoo.building import BuildError
 from vlm_zoo.models import blip2, modeling_vlm
-from vlm_zoo.models.blip2 import ZooBlip2Config, ZooBlip2Model, ZooBlip2Processor, compact
+from vlm_zoo.models.blip2 import ZooBlip2Config, ZooBlip2Model, ZooBlip2Processor
+from vlm_zoo.models.layers import compact
 from vlm_zoo.models.layers import attend
 from vlm_zoo.testing import (
     TINY_TEXT,

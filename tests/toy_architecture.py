@@ -31,14 +31,14 @@ class ZooToyModel(ZooModel):
 
     places_features = False  # one placeholder stands for all features of an image
 
-    def placeholders_of(self, features):
-        return 1
+    def placeholders_of(self, features, vision_inputs):
+        return [1] * len(features)
 
     def fuse(self, inputs_embeds, features, context):
         if features is None:
             return {"inputs_embeds": inputs_embeds + (0 if context.carry is None else context.carry)}, context.carry
         mask = self.placeholder_mask(context.input_ids, inputs_embeds)
-        self.check_placeholders(mask, features)
+        self.check_placeholders(mask, [1] * len(features))
         summaries = torch.stack([feature.mean(0) for feature in features])  # [I, Dt]
         summaries = torch.cat([summaries.new_zeros(1, summaries.shape[1]), summaries])
         seen = mask.cumsum(1)  # images of the row so far

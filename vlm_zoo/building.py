@@ -633,7 +633,7 @@ def _check_image(model: PreTrainedModel, processor: ZooProcessor, vision: str, l
         features = model.get_image_features(**inputs).pooler_output
     except Exception as error:  # a foreign tower may fail in any way
         raise BuildError(f"The vision tower '{vision}' does not fit with '{language}': {error}") from error
-    found = sum(model.model.placeholders_of(feature) for feature in features)
+    found = sum(model.model.placeholders_of(list(features), inputs))
     if found != placeholders:
         raise BuildError(
             f"The vision tower '{vision}' makes {found} features of an image, expected {placeholders} by its "

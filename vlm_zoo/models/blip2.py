@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
-from .layers import attend, split_heads
+from .layers import attend, compact, split_heads
 from .modeling_vlm import QUERY_INPUTS, FuseContext, ZooForConditionalGeneration, ZooModel
 from .processing_vlm import ZooProcessor
 
@@ -172,37 +172,6 @@ def qformer_mask(
         raise ValueError(f"Unknown objective '{objective}'; expected unimodal, bidirectional or causal.")
     real = nn.functional.pad(text_mask.bool(), (num_queries, 0), value=True)  # [B, Q + L]
     return (mask & real[:, None, :]) | torch.eye(total, dtype=torch.bool, device=text_mask.device)
-
-
-def compact(ids: torch.Tensor, mask: torch.Tensor, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Moves the marked tokens of every row to its left end, in their order.
-
-    Args:
-        ids (`int[B, T]`), mask (`bool[B, T]`): tokens, and which of them to keep.
-        limit: how many to keep of a row at most, its last ones; `None` keeps all.
-
-    Returns:
-        `int[B, L]` and `bool[B, L]`, L at least 1.
-
-    Raises:
-        ValueError: when tokens and mask differ in shape, or there is no token at all.
-    """
-    if ids.shape != mask.shape or ids.ndim != 2 or ids.numel() == 0:
-        raise ValueError(
-            f"Tokens have the shape {list(ids.shape)} and their attention mask {list(mask.shape)}: expected [B, T], "
-            "the same for both and not empty."
-        )
-    mask = mask.bool()
-    if limit is not None:
-        mask = mask & (mask.flip(1).cumsum(1).flip(1) <= limit)
-    if torch.compiler.is_compiling():  # what a graph is compiled for must not depend on the numbers
-        length = ids.shape[1] if limit is None else min(ids.shape[1], limit)
-    else:
-        length = max(int(mask.sum(1).max()), 1)
-    order = (~mask).int().argsort(dim=1, stable=True)[:, :length]
-    mask = mask.gather(1, order)
-    return ids.gather(1, order).masked_fill(~mask, 0), mask
 
 
 class QFormerAttention(nn.Module):
@@ -517,8 +486,10 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
         """
         return list(patches if self.config.text_conditioned else self.connector(patches))
 
-    def placeholders_of(self, features: torch.Tensor) -> int:
-        return self.config.num_query_tokens if self.config.text_conditioned else len(features)
+    def placeholders_of(self, features: list[torch.Tensor], vision_inputs: dict[str, torch.Tensor]) -> list[int]:
+        if self.config.text_conditioned:
+            return [self.config.num_query_tokens] * len(features)
+        return super().placeholders_of(features, vision_inputs)
 
     def fuse(self, inputs_embeds, features, context: FuseContext):
         """As in the frame, after the Q-Former has read each image with the question of its row."""
@@ -526,7 +497,8 @@ class ZooBlip2Model(Blip2Vocabulary, ZooModel):
         if features is None or not self.config.text_conditioned:
             return super().fuse(inputs_embeds, features, context)
         mask = self.placeholder_mask(context.input_ids, inputs_embeds)  # bool[B, T]
-        self.check_placeholders(mask, features, whole_rows=context.past_key_values is None)
+        counts = self.placeholders_of(features, context.vision_inputs)
+        self.check_placeholders(mask, counts, whole_rows=context.past_key_values is None)
         ids, text_mask = self.questions(context, rows=len(mask))
         ends = (mask.sum(1).cumsum(0) // self.config.num_query_tokens).to(ids.device)  # images up to each row, int[B]
         row_of_image = torch.searchsorted(ends, torch.arange(len(features), device=ends.device), right=True)  # int[I]

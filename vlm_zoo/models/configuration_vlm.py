@@ -55,7 +55,8 @@ class ZooConfig(PreTrainedConfig):
 
     _auto_class = "AutoConfig"
     takes_native_towers = False  # those that take patches of images of any size, not pictures of one size
-    keys_to_ignore_at_inference = ["past_key_values", "carry"]  # what an evaluation loop must not gather
+    # What an evaluation loop must not gather
+    keys_to_ignore_at_inference = ["past_key_values", "carry", "fusion_outputs"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,

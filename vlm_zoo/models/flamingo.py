@@ -483,8 +483,8 @@ class ZooFlamingoModel(ZooModel):
             raise ValueError("A model without a resampler (resampler_depth=0) takes images, not clips.")
         return frames
 
-    def placeholders_of(self, features: torch.Tensor) -> int:
-        return 1
+    def placeholders_of(self, features: list[torch.Tensor], vision_inputs: dict[str, torch.Tensor]) -> list[int]:
+        return [1] * len(features)
 
     def fuse(
         self, inputs_embeds: torch.Tensor, features: list[torch.Tensor] | None, context: FuseContext
@@ -506,7 +506,8 @@ class ZooFlamingoModel(ZooModel):
         mask = self.placeholder_mask(context.input_ids, inputs_embeds).to(inputs_embeds.device)  # bool[B, T]
         if prefix is not None:
             mask = torch.cat((prefix.to(mask.device), mask), dim=1)
-        self.check_placeholders(mask, features, whole_rows=context.past_key_values is None or prefix is not None)
+        expected = self.placeholders_of(features, context.vision_inputs)
+        self.check_placeholders(mask, expected, whole_rows=context.past_key_values is None or prefix is not None)
         counts, time = mask.sum(dim=1), mask.cumsum(dim=1)[:, -length:]  # int[B], int[B, T]
         slots = len(features) if torch.compiler.is_compiling() else int(counts.max())
         place = torch.arange(slots, device=mask.device)

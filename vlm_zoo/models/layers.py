@@ -79,3 +79,34 @@ def _enter_layer(name: str, position: int | None, layer: nn.Module, args: tuple,
     if args:
         return (carried.enter(position, args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": carried.enter(position, kwargs["hidden_states"])}
+
+
+def compact(ids: torch.Tensor, mask: torch.Tensor, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Moves the marked tokens of every row to its left end, in their order.
+
+    Args:
+        ids (`int[B, T]`), mask (`bool[B, T]`): tokens, and which of them to keep.
+        limit: how many to keep of a row at most, its last ones; `None` keeps all.
+
+    Returns:
+        `int[B, L]` and `bool[B, L]`, L at least 1.
+
+    Raises:
+        ValueError: when tokens and mask differ in shape, or there is no token at all.
+    """
+    if ids.shape != mask.shape or ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(
+            f"Tokens have the shape {list(ids.shape)} and their attention mask {list(mask.shape)}: expected [B, T], "
+            "the same for both and not empty."
+        )
+    mask = mask.bool()
+    if limit is not None:
+        mask = mask & (mask.flip(1).cumsum(1).flip(1) <= limit)
+    if torch.compiler.is_compiling():  # what a graph is compiled for must not depend on the numbers
+        length = ids.shape[1] if limit is None else min(ids.shape[1], limit)
+    else:
+        length = max(int(mask.sum(1).max()), 1)
+    order = (~mask).int().argsort(dim=1, stable=True)[:, :length]
+    mask = mask.gather(1, order)
+    return ids.gather(1, order).masked_fill(~mask, 0), mask

@@ -83,11 +83,13 @@ class ZooModelOutputWithPast(BaseModelOutputWithPast):
     image_hidden_states: the features of all images, one after the other, as `get_image_features` gives them;
         `float[sum(K), Dt]` where they are the tokens of the sequence, and wider where more comes beside them.
     carry: what decode steps of this architecture need from the prefill, or `None`.
+    fusion_outputs: what the architecture's `fuse` reports, or `None`.
     """
 
     router_logits: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     carry: Any = None
+    fusion_outputs: Any = None
 
 
 @dataclass
@@ -98,11 +100,13 @@ class ZooCausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     carry: Any = None
+    fusion_outputs: Any = None
 
 
 @dataclass
 class FuseContext:
-    """What `fuse` may look at besides embeddings and features; every field may be `None`."""
+    """What `fuse` may look at besides embeddings and features; every field may be `None`. What it wants to report, it
+    leaves in `fusion_outputs`."""
 
     input_ids: torch.LongTensor | None
     attention_mask: torch.Tensor | None
@@ -112,6 +116,7 @@ class FuseContext:
     vision_inputs: dict[str, torch.Tensor]
     query_inputs: dict[str, torch.Tensor]
     carry: Any
+    fusion_outputs: Any = None
 
 
 class WholePrompt(NamedTuple):
@@ -368,9 +373,15 @@ class ZooModel(ZooPreTrainedModel):
 
     # --- fuse ----------------------------------------------------------------------------------------------------
 
-    def placeholders_of(self, features: torch.Tensor) -> int:
-        """How many placeholders in `input_ids` stand for an image with these features `float[K, Dt]`: K by default."""
-        return len(features)
+    def placeholders_of(self, features: list[torch.Tensor], vision_inputs: dict[str, torch.Tensor]) -> list[int]:
+        """
+        How many placeholders in `input_ids` stand for each image: as many as it has features, by default.
+
+        Args:
+            features: one `float[K, Dt]` for each image, as `get_image_features` gives them.
+            vision_inputs: what came with them; see `ZooImageOutput`.
+        """
+        return [len(feature) for feature in features]
 
     def fuse(
         self, inputs_embeds: torch.Tensor, features: list[torch.Tensor] | None, context: FuseContext
@@ -389,7 +400,8 @@ class ZooModel(ZooPreTrainedModel):
         if features is None:
             return {"inputs_embeds": inputs_embeds}, context.carry
         mask = self.placeholder_mask(context.input_ids, inputs_embeds)  # bool[B, T]
-        self.check_placeholders(mask, features, whole_rows=context.past_key_values is None)
+        counts = [len(feature) for feature in features]
+        self.check_placeholders(mask, counts, whole_rows=context.past_key_values is None)
         flat = torch.cat(list(features), dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = mask.unsqueeze(-1).to(inputs_embeds.device)
         return {"inputs_embeds": inputs_embeds.masked_scatter(mask, flat)}, context.carry
@@ -448,16 +460,15 @@ class ZooModel(ZooPreTrainedModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def check_placeholders(self, mask: torch.Tensor, features: list[torch.Tensor], whole_rows: bool = True) -> None:
+    def check_placeholders(self, mask: torch.Tensor, expected: list[int], whole_rows: bool = True) -> None:
         """
-        Raises `ValueError` when placeholders and features do not match, naming rows, images and likely cause.
+        Raises `ValueError` when placeholders and images do not match, naming rows, images and likely cause.
 
         Args:
             mask (`bool[B, T]`): true at placeholders.
-            features: one `float[K, Dt]` for each image.
+            expected: placeholders of each image, see `placeholders_of`.
             whole_rows: whether the rows are here from start to end, so that every image lies within one of them.
         """
-        expected = [self.placeholders_of(feature) for feature in features]
         if torch.compiler.is_compiling():
             torch_compilable_check(mask.sum() == sum(expected), "Image features and image tokens do not match")
             return
@@ -525,7 +536,7 @@ class ZooModel(ZooPreTrainedModel):
 
         features = self._features(vision_inputs, mm_encoder_outputs)
         if features == []:  # an empty pixel_values says that there are no images, so there must be no placeholder
-            self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), features)
+            self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), [])
             features = None
         context = FuseContext(
             input_ids=input_ids,
@@ -553,6 +564,7 @@ class ZooModel(ZooPreTrainedModel):
             router_logits=outputs.get("router_logits"),
             image_hidden_states=torch.cat(list(features), dim=0) if features is not None else None,
             carry=None if isinstance(carry, WholePrompt) else carry,
+            fusion_outputs=context.fusion_outputs,
         )
 
     def _features(self, vision_inputs: dict[str, torch.Tensor], mm_encoder_outputs: dict | None):
@@ -706,6 +718,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             image_hidden_states=outputs.image_hidden_states,
             carry=outputs.carry,
+            fusion_outputs=outputs.fusion_outputs,
         )
 
     def _supervised_loss(self, hidden_states, labels, shift_labels, num_items_in_batch, **kwargs) -> torch.Tensor:
@@ -771,7 +784,8 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         if input_ids is not None and input_ids.numel() > 0 and model_kwargs.get("past_key_values") is None:
             encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
             features = [] if encoded is None else list(encoded.pooler_output)
-            self.model.check_placeholders(self.model.placeholder_mask(input_ids, None), features)
+            expected = self.model.placeholders_of(features, encoded_inputs(model_kwargs.get("mm_encoder_outputs")))
+            self.model.check_placeholders(self.model.placeholder_mask(input_ids, None), expected)
         return super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -790,17 +804,19 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             return mm_encoder_output
         features = list(encoded.pooler_output)
         mask = self.model.placeholder_mask(input_ids, inputs_embeds)
-        self.model.check_placeholders(mask, features)
+        inputs = encoded_inputs(mm_encoder_output)
+        counts = self.model.placeholders_of(features, inputs)
+        self.model.check_placeholders(mask, counts)
         images, start = [], 0  # the numbers of the images, row by row
         for wanted in mask.sum(dim=1).tolist():
             end, found = start, 0
             while found < wanted:
-                found += self.model.placeholders_of(features[end])
+                found += counts[end]
                 end += 1
             images += [*range(start, end)] * expand_size
             start = end
         expanded = {"pooler_output": [features[image] for image in images]}
-        if inputs := encoded_inputs(mm_encoder_output):
+        if inputs:
             expanded["vision_inputs"] = {name: value[images] for name, value in inputs.items()}
         return {**mm_encoder_output, "image": type(encoded)(**{**encoded, **expanded})}
 

@@ -6,6 +6,7 @@ belongs to. M-RoPE is that of Qwen2-VL (huggingface.co/papers/2409.12191), inter
 """
 
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .native_vlm import places_in
 from .parts_vlm import find_layers
+
+
+class Runs(NamedTuple):
+    """
+    The visual tokens of a sequence, image by image.
+
+    counts (`int[I]`): tokens of each. moves (`int[I]`): by how much it moves what follows. places (`int[3, K]`): time,
+    height and width of each token, from the start of its image.
+    """
+
+    counts: torch.Tensor
+    moves: torch.Tensor
+    places: torch.Tensor
 
 
 def multi_axis_positions(
@@ -43,19 +57,29 @@ def multi_axis_positions(
         Positions `int[3, B, T]`, and `int[B, 1]`: what is to be added to the number of a later token, counted without
         padding, to have its position.
     """
-    valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
+    return sequence_positions(visual, runs_of_grids(grids, times, after_image), attention_mask)
+
+
+def runs_of_grids(grids: torch.Tensor, times: torch.Tensor | None = None, after_image: str = "side") -> Runs:
+    """Images with a token for every cell of their grid; see `multi_axis_positions`."""
     image, frame, within, width = places_in(grids)
     time = frame if times is None else times[image, frame]
-    places = torch.stack((time, within // width, within % width))  # int[3, K], from the start of the image
-
     moves = grids[:, 1:].amax(dim=1)
     if after_image == "extent":
         moves = moves.scatter_reduce(0, image, time + 1, "amax")
-    last_tokens = grids.prod(dim=1).cumsum(0) - 1
-    moved = torch.zeros_like(time).index_copy(0, last_tokens, moves)  # an image moves on at its last token
+    return Runs(grids.prod(dim=1), moves, torch.stack((time, within // width, within % width)))
+
+
+def sequence_positions(
+    visual: torch.Tensor, runs: Runs, attention_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of all tokens of a batch, from those of its visual tokens; see `multi_axis_positions`."""
+    valid = torch.ones_like(visual) if attention_mask is None else attention_mask.bool()
+    last_tokens = runs.counts.cumsum(0) - 1
+    moved = torch.zeros_like(runs.places[0]).index_copy(0, last_tokens, runs.moves)  # an image moves on at its end
     steps = valid.long().masked_scatter(visual, moved)
     ends = steps.cumsum(dim=1)
-    positions = (ends - steps) + torch.zeros_like(steps).expand(3, -1, -1).masked_scatter(visual, places)
+    positions = (ends - steps) + torch.zeros_like(steps).expand(3, -1, -1).masked_scatter(visual, runs.places)
     return positions.masked_fill(~valid, 0), ends[:, -1:] - valid.sum(dim=1, keepdim=True)
 
 

@@ -195,7 +195,10 @@ def counts_agree(subject: Subject) -> str:
         with torch.no_grad():
             features = subject.model.get_image_features(**vision, return_dict=True).pooler_output
         base = subject.model.base_model
-        per_image = base.placeholders_of(features[0]) if hasattr(base, "placeholders_of") else len(features[0])
+        if isinstance(base, ZooModel):
+            (per_image,) = base.placeholders_of(list(features), vision)
+        else:
+            per_image = len(features[0])
         require(
             found == expected == per_image,
             f"{height}x{width}: {found} placeholders, estimate {expected}, features for {per_image}",
