@@ -24,8 +24,7 @@ from vlm_zoo import build
 from vlm_zoo.building import BuildError
 from vlm_zoo.models import blip2, modeling_vlm
 from vlm_zoo.models.blip2 import ZooBlip2Config, ZooBlip2Model, ZooBlip2Processor
-from vlm_zoo.models.layers import compact
-from vlm_zoo.models.layers import attend
+from vlm_zoo.models.layers import attend, compact
 from vlm_zoo.testing import (
     TINY_TEXT,
     TINY_VISION,

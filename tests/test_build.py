@@ -280,6 +280,7 @@ def test_the_folder_holds_what_a_hub_repository_needs(parts):
         "generation_config.json",
         "geometry_vlm.py",
         "image_processing_vlm.py",
+        "layers.py",
         "llava.py",
         "model.safetensors",
         "modeling_vlm.py",

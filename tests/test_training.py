@@ -166,7 +166,7 @@ def test_the_sft_examples_label_answers_alone(file):
 @pytest.mark.parametrize("file", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_the_examples_train_parts_that_exist(file):
     settings = yaml.safe_load((EXAMPLES / file).read_text(encoding="utf-8"))
-    model = tiny_model(f"zoo_{file.partition('_')[0]}")
+    model = tiny_model(f"zoo_{file.rpartition('_')[0]}")
     counts = freeze(model, settings["model_init_kwargs"]["trainable_parts"])
     assert all(counts[part] for part in settings["model_init_kwargs"]["trainable_parts"] if part != "head")
 

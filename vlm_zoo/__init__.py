@@ -4,8 +4,9 @@ Importing the package registers every architecture with the Auto classes.
 """
 
 from .building import BuildError, build
+from .explain import explain
 from .registry import ZOO, AutoModelForVision2Seq, ZooEntry
 from .version import __version__
 
 
-__all__ = ["ZOO", "AutoModelForVision2Seq", "BuildError", "ZooEntry", "__version__", "build"]
+__all__ = ["ZOO", "AutoModelForVision2Seq", "BuildError", "ZooEntry", "__version__", "build", "explain"]

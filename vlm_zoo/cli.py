@@ -1,4 +1,4 @@
-"""The command line: `vlm-zoo demo | build | sft | dpo | check | bench`."""
+"""The command line: `vlm-zoo demo | build | sft | dpo | check | explain | bench`."""
 
 import argparse
 import json
@@ -62,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--trust-remote-code", action="store_true", help="run code that the folder brings along")
     check.set_defaults(run=_check)
 
+    explain = commands.add_parser("explain", help="draw over a picture where a model looks when it answers")
+    explain.add_argument("model", help="folder or Hub id")
+    explain.add_argument("image", help="file or URL of the picture")
+    explain.add_argument("question", help="what to ask about it")
+    explain.add_argument("--out", default="map.png", help="PNG to write (default: %(default)s)")
+    explain.add_argument("--answer", help="explain this answer, instead of the model's own")
+    explain.add_argument("--trust-remote-code", action="store_true", help="run code that the folder brings along")
+    explain.set_defaults(run=_explain)
+
     bench = commands.add_parser("bench", help="ratios against transformers' own classes, on the same weights")
     bench.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes")
     bench.add_argument("--only", help="comma-separated names of rows")
@@ -118,6 +127,22 @@ def _check(options: argparse.Namespace) -> int:
     report = check_vlm(model, AutoProcessor.from_pretrained(options.model, **trust), only=options.only)
     sys.stdout.write(f"{report}\n")
     return 1 if report.broken else 0
+
+
+def _explain(options: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoProcessor
+
+    from .explain import explain
+    from .registry import AutoModelForVision2Seq
+
+    trust = {"trust_remote_code": True} if options.trust_remote_code else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForVision2Seq.from_pretrained(options.model, dtype="auto", **trust).to(device)
+    processor = AutoProcessor.from_pretrained(options.model, **trust)
+    found = explain(model, processor, options.image, options.question, answer=options.answer, out=options.out)
+    sys.stdout.write(f"{found.answer}\n")
+    logging.getLogger(__name__).info("%s: %s", options.out, ", ".join(found.maps))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .models import blip2, flamingo, llava, mrope, vet
+from .models import arr_coc, blip2, flamingo, llava, mrope, vet
 from .models.blip2_pretraining import ZooBlip2ForPretraining
 from .models.configuration_vlm import ZooConfig
 from .models.image_processing_vlm import ZooImageProcessor
@@ -24,7 +24,7 @@ from .models.modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .models.processing_vlm import ZooProcessor
 
 
-ARCHITECTURES = (llava, blip2, flamingo, mrope, vet)
+ARCHITECTURES = (llava, blip2, flamingo, mrope, vet, arr_coc)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 
-DATASETS = ("emoji_tiles", "emoji_pages", "emoji_preference", "emoji_video")
+DATASETS = ("emoji_tiles", "emoji_pages", "emoji_preference", "emoji_video", "emoji_detail")
 
 
 def path(name: str) -> Path:

@@ -5,6 +5,7 @@ AnyRes chooses by transformers' `select_best_resolution(image_size, pinpoints)`,
 
 import itertools
 import math
+from typing import NamedTuple
 
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
@@ -21,6 +22,49 @@ def fitted_size(image_size: tuple[int, int], resolution: tuple[int, int]) -> tup
     if scale_width < scale_height:
         return min(math.ceil(height * scale_width), max_height), max_width
     return max_height, min(math.ceil(width * scale_height), max_width)
+
+
+def letterbox_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the size, rounded down, at which a picture keeps its aspect ratio and just fits into `size`."""
+    scale = min(size[0] / image_size[0], size[1] / image_size[1])
+    pairs = zip(size, image_size, strict=True)
+    height, width = (limit if limit / length == scale else max(1, int(length * scale)) for limit, length in pairs)
+    return height, width
+
+
+class ViewRegion(NamedTuple):
+    """
+    What a view shows of a picture, as (top, left, bottom, right) in the picture's pixels.
+
+    frame: where the edges of the view are; beyond those of the picture where the view is padded.
+    part: what the view has of the picture. What its frame has beyond that is padding.
+    """
+
+    frame: tuple[float, float, float, float]
+    part: tuple[float, float, float, float]
+
+    def window(self, size: tuple[int, int], window: tuple[int, int, int, int]) -> "ViewRegion":
+        """Returns what a window (top, left, bottom, right) shows that is cut out of the view's `size` pixels, or
+        reaches beyond them."""
+        top, left, bottom, right = self.frame
+        heights, widths = (bottom - top) / size[0], (right - left) / size[1]
+        frame = (
+            top + window[0] * heights,
+            left + window[1] * widths,
+            top + window[2] * heights,
+            left + window[3] * widths,
+        )
+        return ViewRegion(frame, self.part)
+
+    def canvas(self, size: tuple[int, int], canvas: tuple[int, int]) -> "ViewRegion":
+        """Returns what a larger canvas shows in whose middle the view's `size` pixels lie."""
+        top, left = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
+        return self.window(size, (-top, -left, canvas[0] - top, canvas[1] - left))
+
+    def tiles(self, size: tuple[int, int], tile: int) -> list["ViewRegion"]:
+        """Returns what each of the tiles shows, row by row, into which the view's `size` pixels are cut."""
+        corners = itertools.product(range(0, size[0], tile), range(0, size[1], tile))
+        return [self.window(size, (top, left, top + tile, left + tile)) for top, left in corners]
 
 
 def unpadded_grid(image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:

@@ -54,7 +54,16 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .geometry_vlm import ImageError, covering_grid, fitted_size, resized_size, smart_resize, tile_regions
+from .geometry_vlm import (
+    ImageError,
+    ViewRegion,
+    covering_grid,
+    fitted_size,
+    letterbox_size,
+    resized_size,
+    smart_resize,
+    tile_regions,
+)
 from .video_vlm import Clip
 
 
@@ -211,12 +220,7 @@ def _pad_to_square(pixels: torch.Tensor, image_mean: float | tuple[float, ...] |
 
 def _letterbox(pixels: torch.Tensor, size: tuple[int, int], settings: dict[str, Any]) -> torch.Tensor:
     """Resizes a picture into `size` at its own aspect ratio, in the middle of a canvas of the colour `image_mean`."""
-    height, width = pixels.shape[-2:]
-    scale = min(size[0] / height, size[1] / width)
-    fitted = tuple(
-        limit if limit / length == scale else max(1, int(length * scale))
-        for limit, length in zip(size, (height, width), strict=True)
-    )
+    fitted = letterbox_size(tuple(pixels.shape[-2:]), size)
     pixels = _resize(pixels, fitted, settings["resample"])
     channels, mean = pixels.shape[1], settings["image_mean"]
     mean = mean if isinstance(mean, list | tuple) else [mean or 0.0] * channels
@@ -418,6 +422,43 @@ class ZooImageProcessor(BaseImageProcessor):
     def num_patches(self, height: int, width: int, frames: int = 1, **images_kwargs) -> int:
         """Returns how many rows of `pixel_values` a still, or a clip of frames of this size, becomes."""
         return math.prod(self.patch_grid(height, width, frames, **images_kwargs))
+
+    def view_regions(self, height: int, width: int, **images_kwargs) -> list[ViewRegion]:
+        """Returns what each view of a picture of this size shows of it."""
+        settings, size = self._settings(images_kwargs), (height, width)
+        picture = ViewRegion((0, 0, height, width), (0, 0, height, width))
+        if settings["merge_size"] is not None:
+            return [picture]
+        if settings["max_tiles"]:
+            view, tile = self._tiling(settings)
+            grid = covering_grid(size, tile, settings["max_tiles"])
+            if not settings["do_pad_to_square"]:
+                return [picture, *(picture.tiles(grid, 1) if grid != (1, 1) else [])]
+            crops = [ViewRegion(crop, crop) for crop in (tile_regions(size, grid) if grid != (1, 1) else [])]
+            sizes = [(bottom - top, right - left) for (top, left, bottom, right), _ in (picture, *crops)]
+            pairs = zip((picture, *crops), sizes, strict=True)
+            return [region.canvas(letterbox_size(own, view), view) for region, own in pairs]
+        if not settings["image_grid_pinpoints"]:
+            if settings["do_pad_to_square"]:
+                square = (max(size), max(size))
+                picture, size = picture.canvas(size, square), square
+            return [self._fitted_region(picture, size, settings)]
+        view, tile = self._tiling(settings)
+        best = select_best_resolution(size, settings["image_grid_pinpoints"])
+        tiles = picture.canvas(fitted_size(size, best), best).tiles(best, tile)
+        views = [(picture, view), *((region, (tile, tile)) for region in tiles)]
+        return [self._fitted_region(region, own, settings) for region, own in views]
+
+    @staticmethod
+    def _fitted_region(region: ViewRegion, size: tuple[int, int], settings: dict[str, Any]) -> ViewRegion:
+        """Returns what `_fit` leaves of a view of `size` pixels."""
+        if settings["do_resize"]:
+            size = resized_size(size, settings["size"])
+        if settings["do_center_crop"]:
+            height, width = settings["crop_size"].height, settings["crop_size"].width
+            top, left = (size[0] - height) // 2, (size[1] - width) // 2
+            region = region.window(size, (top, left, top + height, left + width))
+        return region
 
     # Options
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .parts_vlm import find_layers
+from .parts_vlm import find_layers, pair
 
 
 def split_heads(states: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -46,6 +46,29 @@ def attend(
     else:
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     return attended.transpose(1, 2).flatten(2)
+
+
+def grid_places(grid: tuple[int, int], side: int | tuple[int, int] = 1, view: int = 0) -> torch.Tensor:
+    """
+    Where the tokens of a view stand, row by row; see `ZooModel.token_places`.
+
+    Args:
+        grid: rows and columns of patches.
+        side: of the square of patches, or height and width of the block, that is one token; the last ones of a row or
+            a column may hold fewer.
+        view: its number.
+
+    Returns:
+        `float[K, 5]`
+    """
+    edges = []
+    for length, step in zip(grid, pair(side), strict=True):
+        starts = torch.arange(0, length, step)
+        edges.append(torch.stack((starts, (starts + step).clamp(max=length)), dim=-1) / length)
+    rows, columns = torch.broadcast_tensors(edges[0][:, None], edges[1][None])  # [h, w, 2]
+    number = torch.full_like(rows[..., 0], view)
+    places = (number, rows[..., 0], columns[..., 0], rows[..., 1], columns[..., 1])
+    return torch.stack(places, dim=-1).flatten(0, 1)
 
 
 def enter_layers(language_model: PreTrainedModel, name: str, places: dict[int, int]) -> None:

@@ -14,7 +14,7 @@ Deviations: the tower's last layers are not built when no feature uses them. Wit
 registers for DINOv2.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -28,6 +28,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
 from .geometry_vlm import unpadded_grid
+from .layers import grid_places
 from .modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .processing_vlm import ZooProcessor
 
@@ -97,13 +98,16 @@ class LlavaConnector(nn.Module):
             patches = layer(patches if index == 0 else self.act(patches))
         return patches
 
-    def pack_tiles(self, tiles: torch.Tensor, image_size: list[int]) -> torch.Tensor:
+    def pack_tiles(
+        self, tiles: torch.Tensor, image_size: list[int], newline: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Joins the views of one image: the whole image first, then its tiles.
 
         Args:
             tiles (`float[P, N, Dt]`): the whole image squashed to a square, then the tiles row by row.
             image_size: height and width of the original image, in pixels.
+            newline (`float[Dt]`): what ends a row of tiles, by default the learned vector.
 
         Returns:
             `float[K, Dt]`
@@ -121,8 +125,8 @@ class LlavaConnector(nn.Module):
             kept_rows, kept_columns = unpadded_grid(image_size, grid.shape[:2])
             top, left = (grid.shape[0] - kept_rows) // 2, (grid.shape[1] - kept_columns) // 2
             grid = grid[top : top + kept_rows, left : left + kept_columns]
-            newline = self.image_newline.to(grid.dtype).expand(kept_rows, 1, -1)
-            grid = torch.cat((grid, newline), dim=1)
+            newline = self.image_newline if newline is None else newline
+            grid = torch.cat((grid, newline.to(grid.dtype).expand(kept_rows, 1, -1)), dim=1)
         return torch.cat((base, grid.flatten(0, 1)))
 
 
@@ -189,6 +193,23 @@ class ZooLlavaModel(ZooModel):
         height, width = select_best_resolution(image_size, self.config.image_grid_pinpoints)
         size = self.config.vision_config.image_size
         return 1 + (height // size) * (width // size)
+
+    def token_places(self, vision_inputs: dict[str, torch.Tensor], fusion_outputs: Any) -> list[torch.Tensor]:
+        """As in the frame: places are packed as features are; prefix tokens and newlines have none."""
+        vision, config = self.config.vision_config, self.config
+        side = vision.image_size // vision.patch_size
+        prefix = 0 if config.vision_feature_select_strategy == "default" else config.num_prefix_tokens
+        nowhere = torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.0])
+
+        def of_view(view: int) -> torch.Tensor:
+            return torch.cat((nowhere.expand(prefix, 5), grid_places((side, side), view=view)))
+
+        if config.image_grid_pinpoints is None:
+            return [of_view(0)] * len(vision_inputs["pixel_values"])
+        return [
+            self.connector.pack_tiles(torch.stack([*map(of_view, range(self.num_tiles(size)))]), size, nowhere)
+            for size in torch.as_tensor(vision_inputs["image_sizes"]).tolist()
+        ]
 
     def dummy_vision_inputs(self) -> dict[str, torch.Tensor]:
         inputs = super().dummy_vision_inputs()

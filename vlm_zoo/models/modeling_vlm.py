@@ -264,7 +264,7 @@ class ZooModel(ZooPreTrainedModel):
 
     An architecture builds its connector as `self.connector` (and modules inside the language model as `self.fusion`)
     and writes `get_image_features`. It may write `build_tower`, `check_pixels`, `fuse`, `fuse_nothing`,
-    `placeholders_of` and `dummy_vision_inputs`.
+    `placeholders_of`, `dummy_vision_inputs`, `token_places` and `fusion_maps`.
     """
 
     _auto_class = "AutoModel"
@@ -476,6 +476,30 @@ class ZooModel(ZooPreTrainedModel):
         ends = set(accumulate(expected, initial=0))
         if sum(found) != sum(expected) or (whole_rows and any(end not in ends for end in accumulate(found))):
             raise ValueError(mismatch_message(found, expected))
+
+    # --- show ----------------------------------------------------------------------------------------------------
+
+    def token_places(self, vision_inputs: dict[str, torch.Tensor], fusion_outputs: Any) -> list[torch.Tensor] | None:
+        """
+        Where in their images tokens stand; `None`, the default, when they stand for no place.
+
+        Args:
+            vision_inputs: those of a forward.
+            fusion_outputs: what `fuse` reported there.
+
+        Returns:
+            For each image `float[K, 5]`, in the order of its placeholders: the number of a view, as the image
+            processor's `view_regions` lists them, and top, left, bottom and right of what the token covers, as shares
+            of that view. The view is -1 where a token stands for no place, as separators do. See `grid_places`.
+        """
+        return None
+
+    def fusion_maps(self, fusion_outputs: Any) -> list[dict[str, torch.Tensor]]:
+        """
+        What `fuse` reported as maps to be looked at: for each image their names, and `float[h, w]` over its first
+        view; an empty list, the default, when there are none.
+        """
+        return []
 
     # --- read ----------------------------------------------------------------------------------------------------
 

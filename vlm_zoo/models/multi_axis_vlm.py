@@ -18,7 +18,7 @@ from torch import nn
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig
-from .layers import enter_layers
+from .layers import enter_layers, grid_places
 from .modeling_vlm import (
     FuseContext,
     ZooForConditionalGeneration,
@@ -310,6 +310,14 @@ class MultiAxisModel(ZooModel):
         times = vision_inputs.get("image_position_ids")
         return grids, None if times is None else times.to(device)
 
+    def token_places(self, vision_inputs: dict[str, torch.Tensor], fusion_outputs: Any) -> list[torch.Tensor]:
+        """As in the frame; the time steps of a clip stand one upon the other."""
+        side = self.config.spatial_merge_size
+        return [
+            grid_places((rows, columns), side).repeat(times, 1)
+            for times, rows, columns in torch.as_tensor(vision_inputs["image_grid_thw"]).tolist()
+        ]
+
     def runs(self, vision_inputs: dict[str, torch.Tensor], device: torch.device) -> Runs:
         """The visual tokens of the sequence; see `Runs`."""
         return runs_of_grids(*self.grids_and_times(vision_inputs, device), self.config.positions_after_image)
@@ -516,9 +524,12 @@ class MultiAxisProcessor(ZooProcessor):
 
     def num_clip_tokens(self, frames: int, height: int, width: int, **images_kwargs) -> int:
         """How many placeholders a clip of so many frames of this size becomes."""
-        return self.image_processor.num_patches(height, width, frames, **images_kwargs) // self.patches_a_token(
-            **images_kwargs
-        )
+        times, rows, columns = self.image_processor.patch_grid(height, width, frames, **images_kwargs)
+        return times * self.tokens_of_frame(rows, columns, **images_kwargs)
+
+    def tokens_of_frame(self, rows: int, columns: int, **images_kwargs) -> int:
+        """How many placeholders a still, or a time step of a clip, of so many patches becomes."""
+        return rows * columns // self.patches_a_token(**images_kwargs)
 
     def patches_a_token(self, merge_size: int | None = None, **images_kwargs) -> int:
         """Patches that become one token."""
@@ -530,7 +541,7 @@ class MultiAxisProcessor(ZooProcessor):
         grids = [[int(edge) for edge in grid] for grid in processed["image_grid_thw"]]
         replacements = []
         for item, (times, rows, columns) in zip(flat, grids, strict=True):
-            tokens = rows * columns // self.patches_a_token(**kwargs)
+            tokens = self.tokens_of_frame(rows, columns, **kwargs)
             if isinstance(item, Clip) and self.video_time == "timestamps":
                 replacements.append("".join(map(partial(self.frame_text, tokens), self.patch_times(item, times))))
             else:

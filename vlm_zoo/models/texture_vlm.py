@@ -4,8 +4,9 @@
     texture      float[I, 13, h, w] in [0, 1]: colours, L*a*b*, Sobel, place, eccentricity, local contrast
     statistics   of each cell: the means of the channels, and the entropies of L, a, b and the Sobel magnitude
 
-A picture is read by itself: nothing depends on its neighbours in the batch, not to the last bit, and all of it is in
-float32, under autocast too. So a decision that rests on these numbers is the same whatever else is in the batch.
+A picture is read by itself: nothing depends on its neighbours in the batch, on a CPU not even the last bit, and all of
+it is in float32, under autocast too. So a decision that rests on these numbers is the same whatever else is in the
+batch.
 
 The colours are those of sRGB under D65 (https://www.color.org/srgb.pdf, CIE 15).
 """
@@ -32,12 +33,12 @@ _SIGNED_CHANNELS = ("sobel_x", "sobel_y")  # around 0.5
 _XYZ_OF_RGB = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.950456, 1.0, 1.088754)
 _LUMA = (0.299, 0.587, 0.114)
-_CONTRAST_WINDOW = 7
 _TINY = 1e-12  # keeps the slope of a square root at zero finite
 
 _BINS = 16
 _LEVELS = 1024  # 64 to a bin: entropies within 0.01 of those of exact values
-_PIXELS_AT_ONCE = 2**20  # frames are handled in groups of so many pixels, for about 100 bytes of memory each
+# Frames are handled in groups of so many pixels: on a CPU what its cache holds is fastest, elsewhere few calls are
+_PIXELS_AT_ONCE_ON_CPU, _PIXELS_AT_ONCE = 2**18, 2**22
 
 
 # Texture
@@ -78,22 +79,31 @@ def _channels(images: torch.Tensor, fixation: tuple[float, float]) -> dict[str, 
 
 
 def _mix(images: torch.Tensor, weights: tuple[float, float, float]) -> torch.Tensor:
-    """A weighted sum of colours, `float[I, 3, h, w]` to `float[I, h, w]`: a matrix product would round by the batch."""
+    """A weighted sum of colours, `float[I, 3, h, w]` to `float[I, h, w]`."""
+    # Not a matrix product: how that rounds depends on the batch
     red, green, blue = images.unbind(dim=1)
-    return (red * weights[0]).add(green, alpha=weights[1]).add(blue, alpha=weights[2])
+    return (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])
 
 
 def _lab(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """L*, a* and b*, each moved into [0, 1]."""
-    linear = torch.where(images <= 0.04045, images / 12.92, ((images + 0.055) / 1.055).pow(2.4))
-    roots = []
-    for weights, white in zip(_XYZ_OF_RGB, _WHITE, strict=True):
-        share = _mix(linear, tuple(weight / white for weight in weights))
-        # The root's slope is infinite at 0, and infinity times the 0 of the branch not taken is no number
-        root = share.clamp_min(0.008856).pow(1 / 3)
-        roots.append(torch.where(share > 0.008856, root, share * 7.787 + 4 / 29))
-    x, y, z = roots
-    return (y * 116 - 16) / 100, ((x - y) * 500 + 128) / 255, ((y - z) * 200 + 128) / 255
+    linear = _line_and_power(images, joint=0.04045, slope=1 / 12.92, shift=0.055, exponent=2.4)
+    shares = [
+        _mix(linear, tuple(weight / white for weight in weights))
+        for weights, white in zip(_XYZ_OF_RGB, _WHITE, strict=True)
+    ]
+    x, y, z = (_line_and_power(share, joint=0.008856, slope=7.787, shift=0.0, exponent=1 / 3) for share in shares)
+    lightness = (y * 1.16).sub_(0.16)
+    return lightness, (x - y).mul_(500 / 255).add_(128 / 255), (y - z).mul_(200 / 255).add_(128 / 255)
+
+
+def _line_and_power(values: torch.Tensor, joint: float, slope: float, shift: float, exponent: float) -> torch.Tensor:
+    """`((v + shift) / (1 + shift)) ** exponent` from the joint on, below it the line that ends there."""
+    # Without `where`, whose branch not taken would bring the root's infinite slope at 0 into the gradient
+    power = values.clamp_min(joint).add_(shift).div_(1 + shift)
+    # Not pow: how that rounds on a CPU depends on a pixel's place in memory, and so on the batch
+    power = power.log_().mul_(exponent).exp_()
+    return values.clamp_max(joint).sub_(joint).mul_(slope).add_(power)
 
 
 def _sobel(luma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,17 +111,19 @@ def _sobel(luma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     padded = F.pad(luma, (1, 1, 1, 1), mode="replicate")
     left, middle, right = padded[..., :-2], padded[..., 1:-1], padded[..., 2:]
     difference = right - left
-    x = (difference[:, :-2] + difference[:, 2:]).add(difference[:, 1:-1], alpha=2) / 8
-    smooth = (left + right).add(middle, alpha=2)
-    y = (smooth[:, 2:] - smooth[:, :-2]) / 8
-    return x + 0.5, y + 0.5, ((x * x + y * y) * 2 + 2 * _TINY).sqrt()
+    x = (difference[:, :-2] + difference[:, 2:]).add_(difference[:, 1:-1], alpha=2).div_(8)
+    smooth = (left + right).add_(middle, alpha=2)
+    y = (smooth[:, 2:] - smooth[:, :-2]).div_(8)
+    return x + 0.5, y + 0.5, (x * x).add_(y * y).add_(_TINY).mul_(2).sqrt()
 
 
 def _places(images: torch.Tensor, fixation: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, x and eccentricity, `float[1, h, w]` each."""
     height, width = images.shape[2:]
-    y = ((torch.arange(height, device=images.device) + 0.5) / height)[:, None].expand(1, height, width)
-    x = ((torch.arange(width, device=images.device) + 0.5) / width).expand(1, height, width)
+    rows = torch.arange(height, device=images.device, dtype=torch.float32)
+    columns = torch.arange(width, device=images.device, dtype=torch.float32)
+    y = ((rows + 0.5) / height)[:, None].expand(1, height, width)
+    x = ((columns + 0.5) / width).expand(1, height, width)
     farthest = math.hypot(*(max(place, 1 - place) for place in fixation))
     return y, x, torch.hypot(y - fixation[0], x - fixation[1]) / farthest
 
@@ -120,25 +132,25 @@ def _contrast(luma: torch.Tensor) -> torch.Tensor:
     """Twice the standard deviation within a window, which at an edge holds fewer pixels."""
     # The spread is the same from any origin; from a colour of the picture itself a constant picture has none at all
     luma = luma - luma[:, :1, :1].detach()
-    mean, square = _window_means(torch.stack((luma, luma * luma))).unbind(dim=0)
-    return (square - mean * mean).clamp_min(0).add(_TINY).sqrt() * 2
+    mean, square = _window_means(luma), _window_means(luma * luma)
+    return square.sub_(mean * mean).clamp_min_(0).add_(_TINY).sqrt().mul(2)
 
 
 def _window_means(values: torch.Tensor) -> torch.Tensor:
     """
-    Means over windows around each pixel, `float[…, h, w]` to the same.
+    Means over windows of 7 x 7 around each pixel, `float[I, h, w]` to the same.
 
     As `avg_pool2d` with `count_include_pad=False`, by sums of shifted pictures: a tenth of its time on a CPU.
     """
     for axis in (-2, -1):
-        length, reach = values.shape[axis], _CONTRAST_WINDOW // 2
-        padded = F.pad(values, (0, 0, reach, reach) if axis == -2 else (reach, reach))
+        length = values.shape[axis]
+        padded = F.pad(values, (0, 0, 3, 3) if axis == -2 else (3, 3))
         pairs = padded.narrow(axis, 0, length + 5) + padded.narrow(axis, 1, length + 5)
-        sums = pairs.narrow(axis, 0, length) + pairs.narrow(axis, 2, length)
-        sums = sums + pairs.narrow(axis, 4, length) + padded.narrow(axis, 6, length)
+        sums = pairs.narrow(axis, 0, length) + pairs.narrow(axis, 2, length)  # 7 = 2 + 2 + 2 + 1
+        sums.add_(pairs.narrow(axis, 4, length)).add_(padded.narrow(axis, 6, length))
         place = torch.arange(length, device=values.device)
-        counts = (place + reach).clamp_max(length - 1) - (place - reach).clamp_min(0) + 1
-        values = sums / (counts[:, None] if axis == -2 else counts)
+        counts = (place + 3).clamp_max(length - 1) - (place - 3).clamp_min(0) + 1
+        values = sums.div_(counts[:, None] if axis == -2 else counts)
     return values
 
 
@@ -212,8 +224,8 @@ def cell_entropies(values: torch.Tensor, cell: int) -> torch.Tensor:
 
 def _memberships(device: torch.device) -> torch.Tensor:
     """How much each level belongs to each bin: `float[levels, bins]`, rows that sum to 1."""
-    value = (torch.arange(_LEVELS, device=device) + 0.5) / _LEVELS
-    centre = (torch.arange(_BINS, device=device) + 0.5) / _BINS
+    value = (torch.arange(_LEVELS, device=device, dtype=torch.float32) + 0.5) / _LEVELS
+    centre = (torch.arange(_BINS, device=device, dtype=torch.float32) + 0.5) / _BINS
     distance = (value[:, None] - centre) * (4 * _BINS)  # in units of s
     return torch.softmax(-distance.square() / 2, dim=1)
 
@@ -307,13 +319,15 @@ def unnormalize(
     Returns:
         `float[G, C, h, w]` in [0, 1].
     """
-    mean, std = (torch.tensor(value, device=pictures.device).float().reshape(-1, 1, 1) for value in (mean, std))
+    mean, std = (
+        torch.tensor(value, dtype=torch.float32, device=pictures.device).reshape(-1, 1, 1) for value in (mean, std)
+    )
     if {len(mean), len(std)} - {1, pictures.shape[1]}:
         raise ValueError(
             f"The normalisation has {len(mean)} means and {len(std)} deviations, the pictures have "
             f"{pictures.shape[1]} channels. Likely cause: image_mean and image_std of another model."
         )
-    return torch.addcmul(mean, pictures.float(), std).clamp(0, 1)
+    return torch.addcmul(mean, pictures.float(), std).clamp_(0, 1)
 
 
 def texture_of_patches(
@@ -341,9 +355,9 @@ def texture_of_patches(
         )
     cells_of_frame = {}
     for size, frames, pictures in pictures_of_patches(pixel_values, grids, geometry, merge_size):
-        pixels = math.prod(size) * geometry.size**2
+        at_once = _PIXELS_AT_ONCE_ON_CPU if pictures.device.type == "cpu" else _PIXELS_AT_ONCE
         pieces = []
-        for some in pictures.split(max(1, _PIXELS_AT_ONCE // pixels)):
+        for some in pictures.split(max(1, at_once // (math.prod(size) * geometry.size**2))):
             colours = unnormalize(some, mean, std).expand(-1, 3, -1, -1)
             pieces += torch.cat(cell_statistics(colours, geometry.size * merge_size), dim=2)
         cells_of_frame.update(zip(frames, pieces, strict=True))

@@ -19,7 +19,7 @@ as in transformers; in the code of Ovis the scores themselves stand in for the p
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_vlm import ZooConfig, publish
 from .geometry_vlm import covering_grid
+from .layers import grid_places
 from .modeling_vlm import ZooForConditionalGeneration, ZooModel
 from .native_vlm import (
     blank_patches,
@@ -548,6 +549,28 @@ class ZooVetModel(ZooModel):
         views = [own.unflatten(0, (image.views, -1)) for own, image in zip(tokens, images, strict=True)]
         outputs.pooler_output = self.connector.assemble(views, images)
         return outputs
+
+    def token_places(self, vision_inputs: dict[str, torch.Tensor], fusion_outputs: Any) -> list[torch.Tensor]:
+        """As in the frame: places are laid out as tokens are; prefix tokens and indicators have none."""
+        config, vision = self.config, self.config.vision_config
+        if config.native_resolution:
+            grids = torch.as_tensor(vision_inputs["image_grid_thw"]).tolist()
+            images = [((1, 1), times, (rows, columns)) for times, rows, columns in grids]
+        else:
+            pairs = zip(pair(vision.image_size), pair(vision.patch_size), strict=True)
+            patches = tuple(edge // patch for edge, patch in pairs)
+            tiles = self.tile_grids(vision_inputs["pixel_values"], vision_inputs.get("image_sizes"))
+            images = [(grid, 1, patches) for grid in tiles]
+        prefix = 0 if config.vision_feature_select_strategy == "default" else config.num_prefix_tokens
+        nowhere = torch.tensor([[-1.0, 0.0, 0.0, 0.0, 0.0]])
+        places = []
+        for tiles, times, patches in images:
+            pieces = []
+            for kind, number in layout(tiles, config.num_visual_indicators, times > 1):
+                own = grid_places(patches, config.hidden_stride, number).repeat(times, 1)
+                pieces += [nowhere.expand(prefix, 5), own] if kind == "view" else [nowhere]
+            places.append(torch.cat(pieces))
+        return places
 
     @torch.no_grad()
     def visual_words(self, pixel_values: torch.Tensor, top_k: int = 1, **vision_inputs) -> list[VisualWords]:
