@@ -91,6 +91,7 @@ class TensorInfo:
 
     rows: the first of its rows in the file and the one after its last, where it is a piece of what lies there.
     parts: the tensors it is made of, one below the other; file and name are then those of the first.
+    value: the tensor itself, which lies in no file.
     """
 
     file: Path
@@ -99,6 +100,7 @@ class TensorInfo:
     dtype: torch.dtype
     rows: tuple[int, int] | None = None
     parts: tuple["TensorInfo", ...] = ()
+    value: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -267,6 +269,8 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch
 
 def assemble(info: TensorInfo, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
     """The tensor that is meant, in its own shape; `read` returns what lies in one place."""
+    if info.value is not None:
+        return info.value
     if info.parts:
         return torch.cat([assemble(part, read) for part in info.parts])
     return read(info).reshape(info.shape)
@@ -522,7 +526,8 @@ def write_converted(
 
 def describe_plan(source: Mapping[str, TensorInfo], plan: Plan) -> str:
     """The key map as text, one line a tensor."""
-    notes = {**dict.fromkeys(plan.dropped, "  (kept aside)"), **dict.fromkeys(plan.tied, "  (tied)")}
+    notes = {name: "  (new)" for name in plan.names if source[name].value is not None}
+    notes |= {**dict.fromkeys(plan.dropped, "  (kept aside)"), **dict.fromkeys(plan.tied, "  (tied)")}
     return "\n".join(
         f"{name} -> {renamed}  {str(source[name].dtype).removeprefix('torch.')}{list(source[name].shape)}"
         f"{notes.get(name, '')}"

@@ -54,6 +54,7 @@ class Source:
     eos_token_id: with what its code ends an answer, where that is not what its language model ends with.
     vocab_size: how many logits it has, where the zoo has more.
     edits: by the zoo's name, what happens to a tensor between reading and writing.
+    note: what the card says beside where the weights came from.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Source:
     eos_token_id: int | None = None
     vocab_size: int | None = None
     edits: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    note: str = ""
 
 
 def attention_heads(part: str, option: str, width: int, released: Mapping[int, int], given: int | None) -> int:
@@ -284,13 +286,15 @@ def write(
             engine.write_json(written, {**engine.read_json(written), "eos_token_id": source.eos_token_id})
         if source.zoo_processor is not None:
             source.zoo_processor.save_pretrained(folder)
-        record = {"source": source.name, "config": source.raw_config, "names": source.plan.names}
+        names = {name: to for name, to in source.plan.names.items() if source.tensors[name].value is None}
+        record = {"source": source.name, "config": source.raw_config, "names": names}
         engine.write_json(folder / engine.RECORD, {**record, "versions": parity.versions()})
         report, proof = None, "The result was not verified."
         if prove is not None:
             report = prove(source, folder)
             file_staged(report, folder, destination)
             proof = f"Compared with {report['compared_with']}:\n\n```\n{parity.table(report)}\n```"
+        proof = "\n\n".join(filter(None, (source.note, proof)))
         card = engine.model_card(source.name, source.kind, source.config.model_type, script, proof)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report

@@ -13,6 +13,7 @@ from vlm_zoo import cli
 from vlm_zoo.bench import (
     Row,
     Scale,
+    arr_coc_rows,
     blip2_rows,
     engine,
     flamingo_rows,
@@ -208,6 +209,49 @@ def test_tokens_continued_with_another_carry_make_a_row_unequal(monkeypatch):
 
     monkeypatch.setattr(mrope_rows.Sides, "prefill", forgetful)
     assert not engine.ROWS["mrope_decode"].build(TINY).compare().equal
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("arr_coc_language_144", "language_model"),
+        ("arr_coc_prefill_64", "vision_tower"),
+        ("arr_coc_relevance_288", "connector"),
+        ("arr_coc_texture", "connector"),
+    ],
+)
+def test_other_weights_make_a_row_of_arr_coc_unequal(name, part, monkeypatch):
+    convert = arr_coc_rows.from_mrope
+
+    def spoiled(peer, **fields):
+        model = convert(peer, **fields)
+        with torch.no_grad():
+            for parameter in model.model.get_submodule(part).parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        return model
+
+    monkeypatch.setattr(arr_coc_rows, "from_mrope", spoiled)
+    assert not engine.ROWS[name].build(TINY).compare().equal
+
+
+def test_steps_of_arr_coc_that_do_not_make_up_its_forward_make_a_row_unequal(monkeypatch):
+    encode = arr_coc_rows.Sides.encode
+    monkeypatch.setattr(arr_coc_rows.Sides, "encode", lambda *inputs: [found.flip(0) for found in encode(*inputs)])
+    equality = engine.ROWS["arr_coc_relevance_144"].build(TINY).compare()
+    assert not equality.equal and "hidden states step by step" in equality.text
+
+
+def test_other_pixel_statistics_make_the_row_of_the_texture_unequal(monkeypatch):
+    convert = arr_coc_rows.from_mrope
+    other = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    monkeypatch.setattr(arr_coc_rows, "from_mrope", lambda peer, **fields: convert(peer, **{**fields, **other}))
+    equality = engine.ROWS["arr_coc_texture"].build(TINY).compare()
+    assert not equality.equal and "mean colours of the cells" in equality.text
+
+
+def test_the_budgets_of_the_rows_are_those_of_their_names():
+    parts = (arr_coc_rows.HALF, arr_coc_rows.QUARTER, arr_coc_rows.NINTH)
+    assert [Scale().image_tokens // part for part in parts] == [288, 144, 64]
 
 
 def test_the_images_of_a_row_have_several_shapes_and_the_same_number_of_tokens():

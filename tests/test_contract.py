@@ -24,6 +24,12 @@ def test_architecture_keeps_the_promise(model_type, text, subjects):
 VARIANTS = {
     "mrope-deepstack": ("zoo_mrope", {"vision": "qwen3_vl", "text": "qwen3", "deepstack_layers": [1]}),
     "mrope-windows": ("zoo_mrope", {"vision": "qwen2_5_vl", "text": "gemma3", "mrope_layout": "chunked"}),
+    "arr_coc-deepstack": (
+        "zoo_arr_coc",
+        {"vision": "qwen3_vl", "text": "qwen3", "deepstack_layers": [1], "token_budget": 5, "gate": "attn_bias"},
+    ),
+    "arr_coc-drops": ("zoo_arr_coc", {"vision": "qwen2_5_vl", "ladder": [0, 1], "token_order": "relevance"}),
+    "arr_coc-no-axes": ("zoo_arr_coc", {"text": "opt", "mrope_layout": "none", "token_budget": 0.5}),
     "vet-native": ("zoo_vet", {"vision": "qwen3_vl", "hidden_stride": 2, "num_visual_indicators": 4}),
 }
 
@@ -38,6 +44,14 @@ def variants() -> dict:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_keeps_the_promise(name, text, variants):
     check_vlm(*variants[name], only=text).raise_if_failed()
+
+
+@pytest.mark.parametrize("name", ["zoo_arr_coc", *(name for name in VARIANTS if name.startswith("arr_coc"))])
+def test_the_contracts_images_exceed_the_budget(name, subjects, variants):
+    subject = Subject(*{**subjects, **variants}[name], tolerance=1e-4)
+    batch = subject.batch(subject.ragged)
+    cells = batch["image_grid_thw"].prod(dim=1).sum() // 4
+    assert (batch["input_ids"] == subject.image_token_id).sum() < cells
 
 
 @pytest.mark.parametrize("model_type", ZOO)

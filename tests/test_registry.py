@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig
 
 from vlm_zoo import ZOO, BuildError, build, data
+from vlm_zoo.models.multi_axis_vlm import MultiAxisConfig
 from vlm_zoo.testing import TINY_TEXT, TINY_VISION, tiny_model, tiny_processor, tiny_tokenizer
 from vlm_zoo.testing.promises import opened
 from vlm_zoo.training import LeanSFTTrainer, ZooDataCollator
@@ -78,7 +79,8 @@ def trained_parts(trainer) -> set[str]:
 
 def options(model_type: str, text: str) -> dict:
     """Fields for tiny parts; positions on three axes are rotary."""
-    axes = {"mrope_layout": "none"} if model_type == "zoo_mrope" and text in WITHOUT_ROPE else {}
+    has_axes = issubclass(ZOO[model_type].config, MultiAxisConfig)
+    axes = {"mrope_layout": "none"} if has_axes and text in WITHOUT_ROPE else {}
     return {**ZOO[model_type].config.small_fields(32), **axes}
 
 

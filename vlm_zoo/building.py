@@ -150,6 +150,7 @@ def build(
 
     whole_vision_config = _read_config(vision, "vision tower")
     vision_config, num_prefix_tokens = _vision_config(entry, vision, whole_vision_config)
+    pixel_fields = _pixel_fields(vision, vision_config.model_type)
     text_config = _text_config(language, _read_config(language, "language model"))
     tokenizer = _load_tokenizer(language, image_token, trust_remote_code)
     template, end_of_turn = _chat_template(entry, tokenizer, image_token, chat_template, language)
@@ -164,14 +165,14 @@ def build(
         image_token_id=tokenizer.image_token_id,
         num_prefix_tokens=num_prefix_tokens,
         response_token_ids=response_tokens(tokenizer, template),
-        **config_overrides,
+        **{**_normalisation(entry, pixel_fields), **config_overrides},
     )
     model = _assemble(entry, config, tower, missing, causal, dtype or causal.dtype, vision, language)
     _check_text_only(model, causal, tokenizer, language)
     _fit_vocabulary(model, tokenizer)
     model.generation_config = _generation_config(causal, tokenizer, end_of_turn)
 
-    image_fields = {**_pixel_fields(vision, vision_config.model_type), **entry.processor.image_fields_from(config)}
+    image_fields = {**pixel_fields, **entry.processor.image_fields_from(config)}
     processor = entry.processor(
         entry.image_processor(**image_fields),
         tokenizer,
@@ -327,6 +328,16 @@ def _config(entry: ZooEntry, **config_fields) -> PreTrainedConfig:
     except Exception as error:  # the errors of strict validation are of several kinds
         overrides = {name: value for name, value in config_fields.items() if name not in _READ_FROM_PARTS}
         raise BuildError(f"No {entry.config.__name__} can be made of these parts with {overrides}: {error}") from error
+
+
+def _normalisation(entry: ZooEntry, pixel_fields: dict[str, Any]) -> dict[str, Any]:
+    """How pixels are normalised, for architectures whose config says so too."""
+    own = {"image_mean", "image_std"} & {field.name for field in fields(entry.config)}
+    if not pixel_fields.get("do_normalize", True):
+        pixel_fields = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    return {
+        name: list(value) if isinstance(value := pixel_fields[name], list | tuple) else [value] * 3 for name in own
+    }
 
 
 def _portable(config: PreTrainedConfig) -> PreTrainedConfig:

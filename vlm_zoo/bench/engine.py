@@ -159,7 +159,7 @@ class Entry:
     rounds: int = 1
 
 
-ROW_MODULES = ("rows", "blip2_rows", "flamingo_rows", "vet_rows", "mrope_rows")
+ROW_MODULES = ("rows", "blip2_rows", "flamingo_rows", "vet_rows", "mrope_rows", "arr_coc_rows")
 ROWS: dict[str, Entry] = {}
 
 

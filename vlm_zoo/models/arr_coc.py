@@ -74,6 +74,7 @@ class ZooArrCocConfig(MultiAxisConfig):
     coarse_share (`float`): share of the budget that the coarsest level may take; else regions become larger.
     allocation (`"relevance"`, `"uniform"` or `"random"`):
         Who decides: relevance, or for comparison nobody: the same detail everywhere, or in random regions.
+    weighted_pooling (`bool`): whether more active cells of a region weigh more in its pooled tokens.
     token_order (`"raster"` or `"relevance"`): of the tokens: region by region, or the most relevant regions first.
     scorers (`list[str]`): the maps that count, of propositional, perspectival and participatory.
     fixed_tensions (`list[float]`, *optional*):
@@ -98,21 +99,22 @@ class ZooArrCocConfig(MultiAxisConfig):
 
     token_budget: int | float = 200
     ladder: list[int] | None = None
-    coarse_share: float = 0.5
+    coarse_share: float | int = 0.5
     allocation: Literal["relevance", "uniform", "random"] = "relevance"
+    weighted_pooling: bool = True
     token_order: Literal["raster", "relevance"] = "raster"
     scorers: list[str] | None = None
-    fixed_tensions: list[float] | None = None
+    fixed_tensions: list[float | int] | None = None
     relevance_heads: int = 4
     relevance_head_dim: int = 64
     gate: Literal["noise", "attn_bias", "multiply", "crossfade", "none"] = "noise"
-    gate_temperature: float = 1.0
-    exploration: float = 1.0
+    gate_temperature: float | int = 1.0
+    exploration: float | int = 1.0
     exploration_steps: int = 1000
-    tension_coefficient: float = 1e-4
-    entropy_coefficient: float = 0.0
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
+    tension_coefficient: float | int = 1e-4
+    entropy_coefficient: float | int = 0.0
+    image_mean: list[float | int] | None = None
+    image_std: list[float | int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -124,7 +126,7 @@ class ZooArrCocConfig(MultiAxisConfig):
     def validate_budget(self):
         """Part of `@strict` validation: a budget and a ladder."""
         budget, ladder = self.token_budget, self.ladder or []
-        if isinstance(budget, bool) or budget <= 0 or (isinstance(budget, float) and budget > 1):
+        if budget <= 0 or (isinstance(budget, float) and budget > 1):
             raise ValueError(f"token_budget is {budget}, expected a whole number of tokens or a share up to 1.0.")
         if len(ladder) < 2 or ladder != sorted(set(ladder)) or ladder[0] < 0 or ladder[-1] < 1:
             raise ValueError(f"ladder is {ladder}, expected at least two ascending sides, such as [2, 3, 5].")
@@ -148,8 +150,9 @@ class ZooArrCocConfig(MultiAxisConfig):
 
     @classmethod
     def small_fields(cls, width: int, from_scratch: bool = False) -> dict:
-        fields = {"token_budget": 6, "ladder": [1, 2], "relevance_head_dim": 16, "exploration_steps": 200}
-        return {**super().small_fields(width, from_scratch), **fields}
+        fields = {"ladder": [1, 2], "relevance_head_dim": 16, "exploration_steps": 500}
+        budget = 0.5 if from_scratch else 6
+        return {**super().small_fields(width, from_scratch), **fields, "token_budget": budget}
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -247,6 +250,21 @@ class QualityAdapter(nn.Module):
         return tokens + gate[..., None].to(tokens.dtype) * change
 
 
+class PlaceCode(nn.Module):
+    """A code of rows and columns for language models without axes, behind a gate that starts closed."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.place_gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, places: torch.Tensor) -> torch.Tensor:
+        """`float[K, 2]` to `float[K, Dt]`."""
+        width = len(self.place_gate)
+        count = -(-width // 4)
+        turns = places[:, :, None] * 10000.0 ** (-torch.arange(count, device=places.device) / count)
+        return torch.cat((turns.sin(), turns.cos()), dim=-1).flatten(1)[:, :width] * self.place_gate
+
+
 class ArrCocFusion(nn.Module):
     """Scorers, balancer and adapters: everything that M-RoPE does not have."""
 
@@ -265,11 +283,11 @@ class ArrCocFusion(nn.Module):
         streams = 1 + len(config.deepstack_layers or [])
         self.adapters = nn.ModuleList(QualityAdapter(width, len(config.ladder)) for _ in range(streams))
         if config.mrope_layout == "none":
-            self.place_gate = nn.Parameter(torch.zeros(width))
+            self.place_code = PlaceCode(width)
         # How often training went through here: the schedule of exploration, kept with the weights
         self.register_buffer("forwards", torch.zeros((), dtype=torch.long))
 
-    def score(self, pictures: Pictures) -> tuple[torch.Tensor, Balance]:
+    def score(self, pictures: Pictures, table: DetailTable) -> tuple[torch.Tensor, Balance]:
         """The three maps `float[G, 3, N]`, zeros for scorers that do not count, and their balance."""
         maps = pictures.texture.new_zeros(len(pictures.tokens), len(SCORERS), pictures.texture.shape[1]).float()
         question = pictures.tokens.new_zeros(len(pictures.tokens), pictures.tokens.shape[2])
@@ -279,20 +297,14 @@ class ArrCocFusion(nn.Module):
         if "participatory" in self.scorers:
             found["participatory"], question = found["participatory"]
         maps = torch.stack([found[name] for name in SCORERS], dim=1)
-        return maps, self.balancer(maps, question, pictures)
+        grid = table.regions.rows, table.regions.columns
+        return maps, self.balancer(maps, question, pictures, table.region_of_cell, grid)
 
     def adapt(self, tokens: torch.Tensor, level: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """`float[G, K, Dt * (1 + layers)]` to the same, each stream through its own adapter."""
         streams = tokens.chunk(len(self.adapters), dim=-1)
         pairs = zip(self.adapters, streams, strict=True)
         return torch.cat([adapter(stream, level, cells) for adapter, stream in pairs], dim=-1)
-
-    def place_code(self, places: torch.Tensor) -> torch.Tensor:
-        """A code of rows and columns `float[K, 2]` for language models without axes: `float[K, Dt]`."""
-        width = len(self.place_gate)
-        count = -(-width // 4)
-        turns = places[:, :, None] * 10000.0 ** (-torch.arange(count, device=places.device) / count)
-        return torch.cat((turns.sin(), turns.cos()), dim=-1).flatten(1)[:, :width] * self.place_gate
 
 
 class _AddedLoss(torch.autograd.Function):
@@ -349,8 +361,8 @@ class ZooArrCocModel(MultiAxisModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        own = (PropositionalScorer, PerspectivalScorer, ParticipatoryScorer, OpponentBalancer, QualityAdapter)
-        if isinstance(module, (*own, ArrCocFusion)):
+        scorers = PropositionalScorer, PerspectivalScorer, ParticipatoryScorer
+        if isinstance(module, (*scorers, OpponentBalancer, QualityAdapter, PlaceCode)):
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
         if isinstance(module, OpponentBalancer) and module.fixed_tensions is None:  # neutral
@@ -362,6 +374,10 @@ class ZooArrCocModel(MultiAxisModel):
     @property
     def reads_question(self) -> bool:
         return self.config.allocation == "relevance" and "participatory" in self.config.scorers
+
+    @property
+    def reads_prompt(self) -> bool:
+        return True  # which of its images a cache holds
 
     @property
     def places_features(self) -> bool:
@@ -473,34 +489,45 @@ class ZooArrCocModel(MultiAxisModel):
         maps = balance = losses = None
         if config.allocation == "random":
             relevance, activation = random_relevance(texture, table)
-            weight = torch.ones_like(activation)
         else:
-            maps, balance = self.look(tokens, texture, size, question)
-            grid = table.regions.rows, table.regions.columns
-            relevance = self.fusion.balancer.relevance(balance, table.region_of_cell, grid)
+            with torch.autocast(device.type, enabled=False):
+                maps, balance = self.look(tokens, texture, table, size, question)
+            relevance = balance.relevance
             losses = torch.stack(((balance.tensions - 0.5).square().mean(), mean_entropy(relevance)))
-            activation, weight = balance.activation, within_regions(balance.activation, table)
+            activation = balance.activation
         chosen = relevance, activation
         if self.learns_relevance:
             chosen = tuple(values + self.exploration * gumbel(values) for values in chosen)
         allocation = allocate(table, *chosen, budget, config.gate_temperature)
         if config.token_order == "relevance":
             allocation = most_relevant_first(allocation, chosen[0])
+        weight = torch.ones_like(activation)
+        if balance is not None and config.weighted_pooling:
+            weight = within_regions(activation.detach() if config.gate == "none" else activation, table)
         weights = pooling(allocation.boxes, *size) * weight[:, None]
         kept, log_membership = self.gate(tokens, pool(tokens, weights), weight, size, table, allocation)
         kept = self.fusion.adapt(kept, allocation.level, areas(allocation.boxes))
-        reports = [report_of(number, size, table, allocation, relevance, maps, balance) for number in range(count)]
+        reports = [
+            report_of(number, size, table, allocation, relevance, maps, balance, config.scorers)
+            for number in range(count)
+        ]
         return Kept(kept, allocation.boxes, log_membership, reports, losses)
 
     def look(
-        self, tokens: torch.Tensor, texture: torch.Tensor, size: tuple[int, int], question: Question | None
+        self,
+        tokens: torch.Tensor,
+        texture: torch.Tensor,
+        table: DetailTable,
+        size: tuple[int, int],
+        question: Question | None,
     ) -> tuple[torch.Tensor, Balance]:
         """The maps `float[G, 3, N]` of pictures of one size, and their balance."""
         tokens = tokens[..., : self.config.text_config.hidden_size]
         if question is None:
             question = Question(tokens[:, :1] * 0, torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device))
         split = len(TEXTURE_CHANNELS)
-        return self.fusion.score(Pictures(size, tokens, texture[..., :split], texture[..., split:], *question))
+        pictures = Pictures(size, tokens, texture[..., :split], texture[..., split:], *question)
+        return self.fusion.score(pictures, table)
 
     @property
     def exploration(self) -> float:
@@ -588,7 +615,8 @@ class ZooArrCocModel(MultiAxisModel):
         if self.config.mrope_layout == "none":
             code = self.fusion.place_code(places).to(tokens.dtype)
             tokens = tokens + nn.functional.pad(code, (0, tokens.shape[1] - code.shape[1]))
-        here = whole.nonzero()[:, 1] >= whole.shape[1] - visual.shape[1]  # the others are in the cache
+        cached = 0 if context.past_key_values is None else whole.shape[1] - visual.shape[1]
+        here = whole.nonzero()[:, 1] >= cached
         pieces = [tokens[own] for tokens, own in zip(tokens.split(expected), here.split(expected), strict=True)]
         lm_inputs, carry = super().fuse(inputs_embeds, pieces, context)
         if self.config.mrope_layout != "none":
@@ -645,11 +673,11 @@ class ZooArrCocModel(MultiAxisModel):
             if found.losses is not None:
                 losses.append(found.losses * len(numbers))
         loss = None
-        if losses and self.config.has_auxiliary_loss:
+        if losses and self.learns_relevance and self.config.has_auxiliary_loss:
             coefficients = (self.config.tension_coefficient, self.config.entropy_coefficient)
             loss = (torch.stack(losses).sum(0) / len(frames) * losses[0].new_tensor(coefficients)).sum()
         if self.learns_relevance:
-            self.fusion.forwards += 1
+            self.fusion.forwards.add_(1)
         context.fusion_outputs = ArrCocOutput(reports, None if loss is None else loss.detach())
         return kept, loss
 
@@ -728,8 +756,11 @@ class ZooArrCocModel(MultiAxisModel):
 
     def fusion_maps(self, fusion_outputs: ArrCocOutput) -> list[dict[str, torch.Tensor]]:
         """As in the frame: relevance, the scorers' maps, and how far up the ladder the region of each cell came."""
-        maps = []
+        maps, images = [], set()
         for report in fusion_outputs.images:
+            if report.image in images:  # a later time step of a clip
+                continue
+            images.add(report.image)
             own = report.maps()
             if report.levels is not None:
                 side, (rows, columns) = report.region_side, report.size
@@ -813,6 +844,7 @@ def report_of(
     relevance: torch.Tensor,
     maps: torch.Tensor | None,
     balance: Balance | None,
+    scorers: list[str],
 ) -> ImageRelevance:
     """The report of one of several pictures."""
     grid = table.regions.rows, table.regions.columns
@@ -829,8 +861,8 @@ def report_of(
     if balance is not None:
         report.relevance_map = balance.activation[number].detach().view(size)
         report.balance = balance.tensions[number].detach()
-        for scorer, found in zip(SCORERS, maps[number].detach(), strict=True):
-            setattr(report, f"{scorer}_map", found.view(size))
+        for scorer in scorers:
+            setattr(report, f"{scorer}_map", maps[number, SCORERS.index(scorer)].detach().view(size))
     return report
 
 

@@ -122,6 +122,7 @@ def _boxes(top: int, left: int, height: int, width: int, side: int) -> list[tupl
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # training may look at the table that inference has made
 def detail_table(
     height: int, width: int, ladder: tuple[int, ...], budget: int, coarse_share: float, device: torch.device
 ) -> DetailTable:
@@ -212,7 +213,8 @@ def allocate(
     is_single = cell >= 0
     step = table.last_step[region, torch.where(is_single, 0, level)]  # int[G, B]
     gain = gains.gather(1, region * steps_a_region + step.clamp(min=0))
-    margin = gain - _midpoint(gains.detach(), bounds[:, :1], bounds[:, 1:])
+    # Where there was no step the gain may be minus infinity, and so may what it is compared with
+    margin = torch.where(step >= 0, gain - _midpoint(gains.detach(), bounds[:, :1], bounds[:, 1:]), 0.0)
     inner = torch.cat((left[:, None] - 1, left[:, None]), dim=1)  # the last single cell, and the first that is none
     inner = torch.where(inner < places.shape[1], ranked.gather(1, inner.clamp(0, places.shape[1] - 1)), -1)
     threshold = _midpoint(activation.detach(), inner[:, :1], inner[:, 1:])

@@ -518,6 +518,14 @@ class ZooImageProcessor(BaseImageProcessor):
             )
         if numbers["max_clip_pixels"] is not None and numbers["max_clip_pixels"] < 1:
             raise ValueError(f"max_clip_pixels={numbers['max_clip_pixels']}, expected at least 1, or None")
+        if size.height and size.width and min_pixels is None and max_pixels is None:  # one size for every picture
+            factor = merge_size * numbers["patch_size"]
+            if size.height % factor or size.width % factor:
+                raise ValueError(
+                    f"size={dict(size)} with patch_size={numbers['patch_size']} and merge_size={merge_size}, expected"
+                    f" multiples of {factor}"
+                )
+            return {"size": SizeDict(height=size.height, width=size.width), "do_center_crop": False}
         is_area = size.longest_edge is not None  # {"shortest_edge": 224} is an edge
         least, most = (size.shortest_edge, size.longest_edge) if is_area else (size.min_pixels, size.max_pixels)
         least, most = least if min_pixels is None else min_pixels, most if max_pixels is None else max_pixels
@@ -525,7 +533,7 @@ class ZooImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"size={dict(size)}, min_pixels={min_pixels} and max_pixels={max_pixels} with merge_size={merge_size}:"
                 " native resolution needs the least and the most pixels of a picture, size with shortest_edge and"
-                " longest_edge as areas"
+                " longest_edge as areas, or one size for all, height and width"
             )
         return {"size": SizeDict(shortest_edge=least, longest_edge=most), "do_center_crop": False}
 
@@ -540,6 +548,8 @@ class ZooImageProcessor(BaseImageProcessor):
                     f" {factor} (patch_size x merge_size)"
                 )
             return image_size
+        if size.height:
+            return size.height, size.width
         budget = settings["max_clip_pixels"]
         if frames > 1 and budget is not None:
             bounds = size.shortest_edge, budget, frames, settings["temporal_patch_size"]

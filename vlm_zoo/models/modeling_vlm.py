@@ -121,7 +121,7 @@ class FuseContext:
 
 class WholePrompt(NamedTuple):
     """
-    A carry that `generate` hands to the prefill of a model that reads the question: the prompt from its first token
+    A carry that `generate` hands to the prefill of a model that reads the prompt: the prompt from its first token
     on, though `input_ids` may be what a cache does not hold yet, and its padding, though a static cache turns
     `attention_mask` into another kind. It ends with the prefill.
     """
@@ -283,6 +283,11 @@ class ZooModel(ZooPreTrainedModel):
     def reads_question(self) -> bool:
         """Whether the features of an image depend on the question; see `question`."""
         return False
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether `generate` hands the prefill a `WholePrompt`, as for those that read the question."""
+        return self.reads_question
 
     @property
     def places_features(self) -> bool:
@@ -772,7 +777,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             for name in (*VISION_INPUTS, *QUERY_INPUTS, "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
         elif model_inputs.get("input_ids") is not None:
-            if self.model.reads_question:
+            if self.model.reads_prompt:
                 model_inputs["carry"] = WholePrompt(input_ids, kwargs.get("attention_mask"))
             if is_first_iteration and self.model.places_features:
                 self._leave_out_cached_images(model_inputs, input_ids)

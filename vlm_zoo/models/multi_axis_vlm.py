@@ -34,6 +34,7 @@ from .native_vlm import (
     in_squares,
     look_natively,
     native_image_fields,
+    patch_geometry,
     spread,
 )
 from .positions_vlm import Runs, put_axes, runs_of_grids, sequence_positions
@@ -66,7 +67,9 @@ class MultiAxisConfig(ZooConfig):
         its own merger.
     deepstack_text_layers (`list[int]`, *optional*):
         The layers of the language model after which they are added, by default the first ones.
-    min_image_tokens, max_image_tokens (`int`): bounds of an image, which is resized to keep them.
+    image_size (`list[int]`, *optional*):
+        Height and width to which every image is resized whatever its shape, for towers that know one size alone.
+    min_image_tokens, max_image_tokens (`int`): bounds of an image, which is resized to keep them, without `image_size`.
     max_clip_tokens (`int`): bound of a clip, all its frames together.
     """
 
@@ -83,6 +86,7 @@ class MultiAxisConfig(ZooConfig):
     tokens_per_second: float | int = 2.0
     deepstack_layers: list[int] | None = None
     deepstack_text_layers: list[int] | None = None
+    image_size: list[int] | None = None
     min_image_tokens: int = 4
     max_image_tokens: int = 1280
     max_clip_tokens: int = 16384
@@ -90,6 +94,11 @@ class MultiAxisConfig(ZooConfig):
     def validate_native_resolution(self):
         """Part of `@strict` validation."""
         check_native_config(self, "spatial_merge_size")
+        size = self.image_size
+        if size is not None:
+            side = patch_geometry(self.vision_config).size * self.spatial_merge_size
+            if len(size) != 2 or min(size) < 1 or any(edge % side for edge in size):
+                raise ValueError(f"image_size is {size}, expected a height and a width that are multiples of {side}.")
         if self.tokens_per_second <= 0:
             raise ValueError(f"tokens_per_second must be above 0, got {self.tokens_per_second}.")
 

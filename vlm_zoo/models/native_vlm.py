@@ -202,13 +202,16 @@ def blank_patches(
 
 def native_image_fields(config: PreTrainedConfig, merge_size: int) -> dict[str, Any]:
     """
-    The fields of an image processor for a config with `vision_config`, `min_image_tokens`, `max_image_tokens` and
-    `max_clip_tokens`.
+    The fields of an image processor for a config with `vision_config`, `min_image_tokens`, `max_image_tokens`,
+    `max_clip_tokens` and, where it has one, `image_size`.
     """
     geometry = patch_geometry(config.vision_config)
     area = (geometry.size * merge_size) ** 2  # pixels of a token
+    size = {"shortest_edge": config.min_image_tokens * area, "longest_edge": config.max_image_tokens * area}
+    if getattr(config, "image_size", None) is not None:
+        size = dict(zip(("height", "width"), config.image_size, strict=True))
     return {
-        "size": {"shortest_edge": config.min_image_tokens * area, "longest_edge": config.max_image_tokens * area},
+        "size": size,
         "max_clip_pixels": config.max_clip_tokens * area * geometry.frames,
         "patch_size": geometry.size,
         "temporal_patch_size": geometry.frames,

@@ -12,6 +12,7 @@ The ideas are those of John Vervaeke's account of relevance realisation (github.
 pictures); these formulas are the zoo's own, differentiable throughout.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -134,10 +135,12 @@ class ParticipatoryScorer(nn.Module):
 
 
 class Balance(NamedTuple):
-    """activation (`float[G, N]`): of each cell. tensions (`float[G, 3]`): from 0 to 1, in the order of `TENSIONS`."""
+    """activation (`float[G, N]`): of each cell. tensions (`float[G, 3]`): from 0 to 1, in the order of `TENSIONS`.
+    relevance (`float[G, R]`): of each region."""
 
     activation: torch.Tensor
     tensions: torch.Tensor
+    relevance: torch.Tensor
 
 
 class OpponentBalancer(nn.Module):
@@ -165,12 +168,21 @@ class OpponentBalancer(nn.Module):
         self.salience = nn.Parameter(torch.zeros(1))
         self.inhibition = nn.Parameter(torch.zeros(1))
 
-    def forward(self, maps: torch.Tensor, pooled_question: torch.Tensor, pictures: Pictures) -> Balance:
+    def forward(
+        self,
+        maps: torch.Tensor,
+        pooled_question: torch.Tensor,
+        pictures: Pictures,
+        region_of_cell: torch.Tensor,
+        regions: tuple[int, int],
+    ) -> Balance:
         """
         Args:
             maps (`float[G, 3, N]`): of the scorers, in the order of `SCORERS`.
             pooled_question (`float[G, Dt]`): the question in one vector.
             pictures: see there.
+            region_of_cell (`int[N]`): the region of each cell.
+            regions: rows and columns of them.
         """
         standard = standardised(maps)
         if self.fixed_tensions is None:
@@ -183,25 +195,25 @@ class OpponentBalancer(nn.Module):
         compress, exploit, _ = tensions[..., None].unbind(dim=1)  # [G, 1]
         activation = compress * propositional + (1 - compress) * participatory
         activation = activation + F.softplus(self.salience.float() + _SOFTPLUS_ONE) * (2 * exploit - 1) * perspectival
-        return Balance(activation, tensions)
+        return Balance(activation, tensions, self.relevance(activation, tensions, region_of_cell, regions))
 
     def relevance(
-        self, balance: Balance, region_of_cell: torch.Tensor, regions: tuple[int, int], softness: float = 0.5
+        self,
+        activation: torch.Tensor,
+        tensions: torch.Tensor,
+        region_of_cell: torch.Tensor,
+        regions: tuple[int, int],
+        softness: float = 0.5,
     ) -> torch.Tensor:
-        """
-        Relevance of regions, `float[G, R]`: a soft maximum of their cells, less that of their neighbours when the
-        tension asks for diversity, and sharper when it asks for focus.
-
-        Args:
-            region_of_cell (`int[N]`): the region of each cell.
-            regions: rows and columns of them.
-        """
-        level = pooled(balance.activation / softness, region_of_cell, regions[0] * regions[1]) * softness
+        """Relevance of regions, `float[G, R]`: a soft maximum of their cells, less that of their neighbours when the
+        tension asks for diversity, and sharper when it asks for focus."""
+        level = pooled(activation / softness, region_of_cell, regions[0] * regions[1]) * softness
         level = level - level.mean(dim=1, keepdim=True)
-        focus = balance.tensions[:, 2:]
+        focus = tensions[:, 2:]
         around = blur(level[..., None], regions, 3)[..., 0]
         inhibition = F.softplus(self.inhibition.float() + _SOFTPLUS_NOTHING)
-        return (level - inhibition * (1 - focus) * around) * 4 ** (2 * focus - 1)
+        sharpness = ((2 * focus - 1) * math.log(4)).exp()  # not a power, which on a CPU rounds by the batch
+        return (level - inhibition * (1 - focus) * around) * sharpness
 
 
 def standardised(maps: torch.Tensor) -> torch.Tensor:
@@ -224,7 +236,7 @@ def statistics(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def pooled(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
     """log mean exp of the values of each group: `float[G, N]` to `float[G, groups]`."""
-    highest = values.detach().amax(dim=1, keepdim=True)
-    sums = values.new_zeros(len(values), groups).index_add(1, group, (values - highest).exp())
-    counts = torch.bincount(group, minlength=groups)
-    return (sums / counts).log() + highest
+    nothing, numbers = values.new_zeros(len(values), groups), group.expand_as(values)
+    highest = nothing.scatter_reduce(1, numbers, values.detach(), "amax", include_self=False)
+    sums = nothing.index_add(1, group, (values - highest[:, group]).exp())
+    return (sums / torch.bincount(group, minlength=groups)).log() + highest
