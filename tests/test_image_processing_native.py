@@ -469,3 +469,27 @@ def test_pictures_with_different_channels_are_an_error(native):
     images = [Image.new("L", (40, 50)), Image.new("RGB", (40, 50))]
     with pytest.raises(ImageError, match=r"\[1, 3\] channels.*do_convert_rgb"):
         native(images, do_convert_rgb=False, do_normalize=False)
+
+
+# One size for all
+
+
+def test_one_size_for_all_gives_every_picture_the_same_grid(native):
+    images = [Image.fromarray(photo(*size)) for size in ((30, 90), (200, 41))]
+    outputs = native(images, size={"height": 56, "width": 84}, return_tensors="pt")
+    assert outputs.image_grid_thw.tolist() == [[1, 4, 6]] * 2
+    assert native.patch_grid(30, 90, size={"height": 56, "width": 84}) == (1, 4, 6)
+
+
+def test_one_size_for_all_holds_the_pixels_of_a_fixed_tower(native):
+    image = Image.fromarray(photo(70, 50))
+    size = {"height": 56, "width": 56}
+    patches = native(image, size=size, merge_size=1, return_tensors="pt").pixel_values
+    picture = ZooImageProcessor(size=size, do_center_crop=False)(image, return_tensors="pt").pixel_values[0]
+    rebuilt = patches.view(4, 4, 3, 14, 14).permute(2, 0, 3, 1, 4).reshape(3, 56, 56)
+    assert torch.equal(rebuilt, picture)
+
+
+def test_one_size_that_is_no_multiple_of_a_token_is_refused(native):
+    with pytest.raises(ValueError, match="multiples of 28"):
+        native(Image.fromarray(photo(70, 50)), size={"height": 56, "width": 50}, return_tensors="pt")

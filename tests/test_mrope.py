@@ -32,7 +32,7 @@ from transformers.video_utils import VideoMetadata
 from vlm_zoo.models.mrope import ZooMropeConfig, ZooMropeForConditionalGeneration
 from vlm_zoo.models.positions_vlm import MultiAxisRope, frequency_axes, multi_axis_positions, put_axes
 from vlm_zoo.models.video_vlm import Clip
-from vlm_zoo.testing import tiny_model, tiny_processor
+from vlm_zoo.testing import tiny_config, tiny_model, tiny_processor
 from vlm_zoo.testing.tiny import TINY_NATIVE_VISION, TINY_TEXT
 
 
@@ -805,6 +805,8 @@ def test_the_config_of_a_whole_model_is_no_towers():
     [
         ({"min_image_tokens": 0}, "Expected 1 <= min_image_tokens <= max_image_tokens <= max_clip_tokens, got 0"),
         ({"max_image_tokens": 3}, "got 4, 3 and 16384"),
+        ({"image_size": [30, 32]}, "image_size is .30, 32., expected"),
+        ({"image_size": [32]}, "image_size is .32., expected"),
         ({"max_clip_tokens": 100}, "got 4, 1280 and 100"),
         ({"vision_feature_select_strategy": "full"}, "must be 'default': prefix tokens have no place"),
         ({"tokens_per_second": 0.0}, "tokens_per_second must be above 0, got 0.0"),
@@ -878,3 +880,11 @@ def test_a_saved_model_opens_again(tmp_path):
     for name in ("mrope_layout", "mrope_section", "deepstack_layers", "deepstack_text_layers"):
         assert getattr(again.config, name) == getattr(model.config, name)
     assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_one_image_size_gives_every_image_the_same_tokens():
+    config = tiny_config("zoo_mrope", vision="siglip", spatial_merge_size=1, image_size=[32, 48])
+    processor = tiny_processor("zoo_mrope", config)
+    patch = config.vision_config.patch_size
+    expected = 32 // patch * 48 // patch
+    assert [processor.num_image_tokens(*size) for size in ((10, 300), (500, 80))] == [expected] * 2

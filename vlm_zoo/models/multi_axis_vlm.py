@@ -69,7 +69,7 @@ class MultiAxisConfig(ZooConfig):
         The layers of the language model after which they are added, by default the first ones.
     image_size (`list[int]`, *optional*):
         Height and width to which every image is resized whatever its shape, for towers that know one size alone.
-    min_image_tokens, max_image_tokens (`int`): bounds of an image, which is resized to keep them, without `image_size`.
+    min_image_tokens, max_image_tokens (`int`): bounds of an image, which is resized to keep them.
     max_clip_tokens (`int`): bound of a clip, all its frames together.
     """
 
