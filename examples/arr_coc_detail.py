@@ -304,7 +304,7 @@ def write_language(out: Path) -> Path:
     two layers do not put together and compare with a picture in minutes."""
     _, language = write_parts(FAST, out / "parts")
     tokenizer = AutoTokenizer.from_pretrained(language)
-    tokenizer.add_tokens([AddedToken(colour, lstrip=True, single_word=True) for colour in COLOURS])
+    tokenizer.add_tokens([AddedToken(colour, single_word=True, normalized=False) for colour in COLOURS])
     torch.manual_seed(FAST.seed)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(language, vocab_size=len(tokenizer)),

@@ -20,8 +20,14 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from vlm_zoo import build
 from vlm_zoo.models import modeling_vlm
-from vlm_zoo.models.arr_coc import ArrCocOutput, QualityAdapter, ZooArrCocConfig, ZooArrCocForConditionalGeneration
-from vlm_zoo.models.detail_vlm import budget_of, pooling
+from vlm_zoo.models.arr_coc import (
+    ArrCocOutput,
+    QualityAdapter,
+    ZooArrCocConfig,
+    ZooArrCocForConditionalGeneration,
+    within_regions,
+)
+from vlm_zoo.models.detail_vlm import allocate, budget_of, detail_table, pooling
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 from vlm_zoo.models.modeling_vlm import WholePrompt
 from vlm_zoo.models.relevance_vlm import SCORERS, TENSIONS
@@ -439,6 +445,14 @@ def test_pooled_tokens_are_means_that_the_more_active_cells_dominate():
         assert compared > 2
 
 
+def test_the_weight_of_a_cell_is_bounded():
+    table = detail_table(2, 4, (1, 2), 5, 0.5, torch.device("cpu"))
+    weight = within_regions(torch.tensor([[9.0, 1.0, 5.0, 5.0, 1.0, 1.0, 5.0, 6.0]]), table)[0]
+    means = torch.tensor([3.0, 3.0, 5.25, 5.25] * 2)
+    expected = torch.tensor([2.0, -2.0, -0.25, -0.25, -2.0, -2.0, -0.25, 0.75]).exp()
+    torch.testing.assert_close(weight, expected)
+
+
 def test_deeper_features_are_pooled_as_the_tokens_are():
     model = model_of(**DEEP)
     for adapter in model.model.fusion.adapters:
@@ -471,6 +485,9 @@ def test_the_adapter_tells_levels_and_areas_apart_and_leaves_native_tokens_alone
     tokens = torch.randn(1, 1, WIDTH).expand(1, 5, WIDTH)
     level, cells = torch.tensor([[0, 1, 0, 1, 3]]), torch.tensor([[4.0, 4.0, 9.0, 1.0, 1.0]])
     found = adapter(tokens, level, cells)[0]
+    # Regions that doubled have levels more than the ladder; they count as its last
+    beyond, last = (adapter(tokens, torch.full_like(level, number), 4 * cells) for number in (4, 2))
+    assert torch.equal(beyond, last)
     assert torch.equal(found[3:], tokens[0, 3:])
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert (found[one] - found[other]).abs().max() > 1e-3
@@ -642,6 +659,7 @@ def test_allocations_without_relevance_keep_the_count_and_train(allocation, fiel
     assert not hasattr(model.model.fusion, "scorers")
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad.any() for parameter in model.model.fusion.adapters[0].parameters())
     assert model.model.fusion.forwards == 0
 
 
@@ -835,9 +853,10 @@ def test_without_a_gate_no_gradient_reaches_the_scorers(ladder):
             assert not gradient.any(), name
 
 
+@pytest.mark.parametrize("gate", ["attn_bias", "multiply", "crossfade"])
 @pytest.mark.parametrize("fields", [{}, DEEP, {"text": "qwen3"}])
-def test_a_bias_on_attention_changes_nothing_but_the_gradient(fields):
-    model = model_of(gate="attn_bias", exploration=0.0, **fields)
+def test_gates_without_noise_change_nothing_but_the_gradient(gate, fields):
+    model = model_of(gate=gate, exploration=0.0, **fields)
     for side in ("left", "right"):
         inputs = batch_of(model, *several(), side=side)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -854,6 +873,64 @@ def test_a_bias_on_attention_is_refused_where_no_mask_can_carry_it():
     model.set_attn_implementation({"text_config": "flex_attention"})
     with pytest.raises(ValueError, match="eager or sdpa, not flex_attention"):
         model(**batch_of(model, *several()))
+
+
+def gated(gate, draws=1, **fields):
+    """
+    A gate at work on one picture of 2 x 4 cells, with its left region native.
+
+    Returns:
+        What it makes of the tokens `float[draws, B, Dt]`, their bias, their detail, and their membership as a leaf.
+    """
+    model = model_of(gate=gate, **fields).train().model
+    width = WIDTH * len(model.fusion.adapters)
+    table = detail_table(2, 4, (1, 2), 5, 1.0, torch.device("cpu"))
+    tokens = torch.randn(1, 8, width)
+    allocation = allocate(table, torch.tensor([[0.8, 0.0]]), torch.zeros(1, 8), 5)
+    membership = torch.tensor([[0.6] * 4 + [1.0]], requires_grad=True)
+    weights = pooling(allocation.boxes, 2, 4)
+    kept = (weights / weights.sum(dim=2, keepdim=True)) @ tokens
+    coarse = torch.cat((tokens[:, [0, 1, 4, 5]].mean(dim=1, keepdim=True).expand(-1, 4, -1), kept[:, 4:]), dim=1)
+    given = tokens, kept, torch.ones(1, 8), (2, 4), table, allocation._replace(membership=membership)
+    found = [model.gate(*given) for _ in range(draws)]
+    return torch.cat([each for each, _ in found]), found[0][1], (kept - coarse)[0], membership
+
+
+@pytest.mark.parametrize("fields", [{}, DEEP])
+def test_noise_keeps_the_strength_of_the_detail_of_every_stream(fields):
+    found, _, detail, _ = gated("noise", draws=4000, **fields)
+    coarse = found.mean(dim=0) - 0.6**0.5 * detail
+    plain = gated("none", **fields)[0][0] - detail
+    torch.testing.assert_close(coarse, plain, atol=0.1, rtol=0)
+    strength = detail.unflatten(1, (-1, WIDTH)).square().mean(dim=2).sqrt().repeat_interleave(WIDTH, dim=1)
+    torch.testing.assert_close(found.std(dim=0)[:4], (0.4**0.5 * strength)[:4], atol=0.1, rtol=0)
+    assert found.std(dim=0)[4].max() < 1e-3
+
+
+@pytest.mark.parametrize("gate", ["noise", "crossfade"])
+def test_more_membership_is_more_detail(gate):
+    found, _, detail, membership = gated(gate, draws=500)
+    (found * detail).mean(dim=0).sum().backward()
+    assert (membership.grad[0, :4] > 0.1).all()
+
+
+def test_more_membership_is_a_larger_token_or_more_attention():
+    found, _, _, membership = gated("multiply")
+    (found * found.detach()).sum().backward()
+    torch.testing.assert_close(membership.grad[0], found[0].detach().square().sum(dim=1))
+    _, bias, _, membership = gated("attn_bias")
+    bias.sum().backward()
+    assert not bias.any()
+    torch.testing.assert_close(membership.grad[0], 1 / membership[0].detach())
+
+
+def test_a_low_temperature_leaves_no_doubt():
+    for temperature, settled in ((1e-4, True), (1.0, False)):
+        model = model_of(exploration=0.0, gate_temperature=temperature)
+        inputs = batch_of(model, row())
+        clean = fused(model, inputs)[0]
+        trained = seen_by_language_model(model.train(), inputs)["inputs_embeds"][inputs["input_ids"] == IMAGE]
+        assert bool((trained - clean).abs().max() < 0.02) == settled
 
 
 def test_noise_takes_the_place_of_detail_that_was_nearly_not_chosen():
@@ -900,6 +977,17 @@ def test_exploration_lets_other_regions_be_seen():
     assert settled == {tuple(reports(model.eval(), inputs)[0].levels.flatten().tolist())}
 
 
+def test_exploration_lets_other_single_cells_be_seen():
+    model = model_of(exploration=5.0, ladder=[1, 4], token_budget=5).train()  # too little for a region
+    inputs = batch_of(model, row())
+    singles = set()
+    for _ in range(8):
+        (report,) = model(**inputs).fusion_outputs.images
+        assert not report.levels.any()
+        singles.add(tuple(map(tuple, report.boxes.tolist())))
+    assert len(singles) > 3
+
+
 def test_the_steps_are_counted_saved_and_read_again(tmp_path):
     model = model_of(exploration_steps=10).train()
     inputs = batch_of(model, row())
@@ -939,6 +1027,7 @@ def test_gradient_checkpointing_counts_a_step_once():
 
 
 def test_training_goes_on_after_inference_mode():
+    detail_table.cache_clear()
     model = model_of()
     inputs = batch_of(model, *several())
     with torch.inference_mode():
