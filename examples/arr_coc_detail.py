@@ -244,11 +244,12 @@ class OracleModel(ZooArrCocModel):
             feature[:, -1] = inside.flatten()  # behind the token, in place of a statistic
         return outputs
 
-    def look(self, tokens, texture, size, question):
+    def look(self, tokens, texture, table, size, question):
         activation = texture[..., -1].float() * 8 - 4
-        return activation[:, None].expand(-1, len(SCORERS), -1), Balance(
-            activation, activation.new_full((len(activation), 3), 0.5)
-        )
+        inside = activation.new_zeros(len(activation), len(table.whole))
+        relevance = inside.index_add(1, table.region_of_cell, activation) / table.whole
+        balance = Balance(activation, activation.new_full((len(activation), 3), 0.5), relevance)
+        return activation[:, None].expand(-1, len(SCORERS), -1), balance
 
 
 class Oracle(ZooArrCocForConditionalGeneration):

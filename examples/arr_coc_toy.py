@@ -1,7 +1,7 @@
 """ARR-COC's toy: can the scorers learn where to look from the answer's loss alone?
 
-    python examples/arr_coc_toy.py                          # about ten minutes on two CPU cores, all rows of the table
-    python examples/arr_coc_toy.py --gates noise none --seeds 1 --steps 400
+    python examples/arr_coc_toy.py                          # about five minutes on two CPU cores, all rows
+    python examples/arr_coc_toy.py --gates noise none --seeds 1
 
 A picture of 12 x 12 cells has nine regions of 4 x 4. Every region carries a marker, which survives pooling, and one of
 four patterns, whose mean is zero, so that only native tokens show it. The question names a marker; the answer is the
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gates", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     for gate in options.gates:
         results = [run(gate, seed, options.steps) for seed in range(options.seeds)]

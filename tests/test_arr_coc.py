@@ -448,7 +448,6 @@ def test_pooled_tokens_are_means_that_the_more_active_cells_dominate():
 def test_the_weight_of_a_cell_is_bounded():
     table = detail_table(2, 4, (1, 2), 5, 0.5, torch.device("cpu"))
     weight = within_regions(torch.tensor([[9.0, 1.0, 5.0, 5.0, 1.0, 1.0, 5.0, 6.0]]), table)[0]
-    means = torch.tensor([3.0, 3.0, 5.25, 5.25] * 2)
     expected = torch.tensor([2.0, -2.0, -0.25, -0.25, -2.0, -2.0, -0.25, 0.75]).exp()
     torch.testing.assert_close(weight, expected)
 

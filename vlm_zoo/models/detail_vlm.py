@@ -68,7 +68,7 @@ def _cut(height: int, width: int, side: int, ladder: tuple[int, ...]) -> Regions
 def regions_of(height: int, width: int, ladder: tuple[int, ...], budget: int, coarse_share: float) -> Regions:
     """
     The regions of a grid: of the ladder's last side, and twice as large as long as the coarsest level would take more
-    than its share of the budget.
+    than its share of the budget; every doubled side is one level more.
 
     Args:
         height, width: of the grid, in cells.
@@ -86,7 +86,7 @@ def regions_of(height: int, width: int, ladder: tuple[int, ...], budget: int, co
             # One region, and still too dear: fewer tokens at its coarsest
             return regions if coarsest <= budget else regions._replace(ladder=(1, *sides))
         side *= 2
-        sides = (*ladder, side)
+        sides = (*sides, side)
 
 
 class DetailTable(NamedTuple):
