@@ -18,13 +18,13 @@ def toy():
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["noise", "attn_bias"])
 def test_scorers_learn_where_the_answer_is(toy, gate):
-    accuracy, named_region_native = toy.run(gate, seed=0, steps=1500 if gate == "attn_bias" else 500)
+    accuracy, named_region_native = toy.run(gate, seed=0, steps=600)
     assert named_region_native > 0.9 and accuracy > 0.9
 
 
 @pytest.mark.slow
 def test_a_hard_choice_without_a_gate_learns_nothing(toy):
-    accuracy, named_region_native = toy.run("none", seed=0, steps=500)
+    accuracy, named_region_native = toy.run("none", seed=0, steps=600)
     assert named_region_native < 0.25 and accuracy < 0.6
 
 
