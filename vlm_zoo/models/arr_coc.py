@@ -20,7 +20,7 @@ With a budget of all native tokens this is M-RoPE with the same weights.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ from .multi_axis_vlm import (
     MultiAxisModel,
     MultiAxisProcessor,
 )
-from .native_vlm import in_squares, patch_geometry, places_in
+from .native_vlm import in_squares, patch_geometry
 from .positions_vlm import Runs, runs_of_grids
 from .relevance_vlm import (
     SCORERS,
@@ -443,12 +443,8 @@ class ZooArrCocModel(MultiAxisModel):
         budgets = [budget_of(height * width, self.config.token_budget) for _, height, width in grids.tolist()]
         budgets = torch.tensor(budgets, device=device)
         steps = torch.stack((grids[:, 0], torch.ones_like(budgets), budgets), dim=1)
-        runs = runs_of_grids(steps, times)
-        moves = grids[:, 1:].amax(dim=1)
-        if self.config.positions_after_image == "extent":
-            image, _, _, _ = places_in(steps)
-            moves = moves.scatter_reduce(0, image, runs.places[0] + 1, "amax")
-        return Runs(runs.counts, moves, runs.places * runs.places.new_tensor([[1], [0], [0]]))
+        runs = runs_of_grids(steps, times, self.config.positions_after_image, sides=grids[:, 1:].amax(dim=1))
+        return runs._replace(places=runs.places * runs.places.new_tensor([[1], [0], [0]]))
 
     # --- relevance -----------------------------------------------------------------------------------------------
 
@@ -472,18 +468,14 @@ class ZooArrCocModel(MultiAxisModel):
         """
         tokens, texture = native[..., :-_STATISTICS], native[..., -_STATISTICS:]
         count, device = len(native), native.device
-        if budget == math.prod(size):
+        whole = budget == math.prod(size)
+        if whole or self.config.allocation == "uniform":
             boxes = uniform_boxes(*size, budget, device).expand(count, -1, -1)
+            if not whole:
+                level = torch.zeros(boxes.shape[:2], dtype=torch.long, device=device)
+                tokens = self.fusion.adapt(pool(tokens, pooling(boxes, *size)), level, areas(boxes))
             reports = [ImageRelevance(image=-1, size=size, boxes=box, positions=centres(box)) for box in boxes]
             return Kept(tokens, boxes, boxes.new_zeros(count, budget), reports, None)
-        if self.config.allocation == "uniform":
-            boxes = uniform_boxes(*size, budget, device).expand(count, -1, -1)
-            pooled = pool(tokens, pooling(boxes, *size))
-            level = torch.zeros(boxes.shape[:2], dtype=torch.long, device=device)
-            reports = [ImageRelevance(image=-1, size=size, boxes=box, positions=centres(box)) for box in boxes]
-            return Kept(
-                self.fusion.adapt(pooled, level, areas(boxes)), boxes, boxes.new_zeros(count, budget), reports, None
-            )
         config = self.config
         table = detail_table(*size, tuple(config.ladder), budget, config.coarse_share, device)
         maps = balance = losses = None
@@ -690,9 +682,7 @@ class ZooArrCocModel(MultiAxisModel):
         context: FuseContext,
     ) -> Question:
         """The question of each picture; the arguments are those of `compress_all`, `images` says whose each one is."""
-        context.carry = prompt
-        ids, asked = compact(*self.question(context))
-        context.carry = None
+        ids, asked = compact(*self.question(replace(context, carry=prompt)))
         ends = placeholders.sum(dim=1).cumsum(0)  # placeholders up to each row, int[B]
         before = torch.tensor([0, *expected[:-1]], device=ends.device).cumsum(0)
         row = torch.searchsorted(ends, before[torch.tensor(images, device=ends.device)], right=True)

@@ -60,11 +60,17 @@ def multi_axis_positions(
     return sequence_positions(visual, runs_of_grids(grids, times, after_image), attention_mask)
 
 
-def runs_of_grids(grids: torch.Tensor, times: torch.Tensor | None = None, after_image: str = "side") -> Runs:
-    """Images with a token for every cell of their grid; see `multi_axis_positions`."""
+def runs_of_grids(
+    grids: torch.Tensor,
+    times: torch.Tensor | None = None,
+    after_image: str = "side",
+    sides: torch.Tensor | None = None,
+) -> Runs:
+    """Images with a token for every cell of their grid; see `multi_axis_positions`. `sides` int[I] are their longer
+    sides, where they are not those of the grids."""
     image, frame, within, width = places_in(grids)
     time = frame if times is None else times[image, frame]
-    moves = grids[:, 1:].amax(dim=1)
+    moves = grids[:, 1:].amax(dim=1) if sides is None else sides
     if after_image == "extent":
         moves = moves.scatter_reduce(0, image, time + 1, "amax")
     return Runs(grids.prod(dim=1), moves, torch.stack((time, within // width, within % width)))
