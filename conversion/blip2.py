@@ -1,8 +1,9 @@
-"""BLIP-2 and InstructBLIP checkpoints to the zoo.
+"""BLIP-2 and InstructBLIP checkpoints to the zoo and back.
 
     python -m conversion.blip2 SRC DST                to the zoo, verified; DST/parity.json holds the proof
     python -m conversion.blip2 SRC --dry-run          show which tensor becomes which
     python -m conversion.blip2 SRC DST --verify       prove a conversion that exists already
+    python -m conversion.blip2 DST BACK --reverse     back to the source's files, bit for bit
 
 SRC is a folder or a hub id in one of these formats:
 
@@ -54,7 +55,8 @@ from vlm_zoo.models.blip2 import (
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 from vlm_zoo.models.layers import compact
 
-from . import engine, flow, lavis, llava_original, parity
+from . import engine, flow, lavis, parity
+from .edits import AddKeyBias, Edit, FillRows
 from .engine import ConversionError, Table, Target
 from .flow import Source
 
@@ -365,11 +367,11 @@ def _open_lavis(name: str, parts: lavis.Parts, words: Mapping[str, str | None], 
     target = zoo_target(config, parts.text_conditioned)
     target.ignored = lavis.IGNORED
     tensors, shapes = lavis.join_biases(parts.tensors), lavis.shapes_before(target)
-    edits = dict.fromkeys(shapes, lavis.add_key_bias)
+    edits: dict[str, Edit] = dict.fromkeys(shapes, AddKeyBias())
     rows, had = config.text_config.vocab_size, parts.text_config.vocab_size
     if rows > had:
         for key in vocabulary_names(config):
-            shapes[key], edits[key] = (had, *target.wanted[key][1:]), llava_original.grow(rows)
+            shapes[key], edits[key] = (had, *target.wanted[key][1:]), FillRows(rows)
     return _source(
         config,
         processor,
@@ -384,6 +386,7 @@ def _open_lavis(name: str, parts: lavis.Parts, words: Mapping[str, str | None], 
         eos_token_id=None if tokenizer is None else lavis.end_of_answer(tokenizer, kind),
         vocab_size=had,
         edits=edits,
+        apart=parts.apart(),
     )
 
 
@@ -532,13 +535,13 @@ OPTIONS = (
     "vision_heads",
     "qformer_heads",
 )
-SCRIPT = flow.Script("blip2", open_source, prove, OPTIONS)
-convert, verify = SCRIPT.convert, SCRIPT.verify
+SCRIPT = flow.Script("blip2", open_source, prove, OPTIONS, ZooBlip2Config)
+convert, verify, reverse = SCRIPT.convert, SCRIPT.verify, SCRIPT.reverse
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
-    parser = engine.command_line("conversion.blip2", __doc__, reverse=False)
+    parser = engine.command_line("conversion.blip2", __doc__)
     parser.add_argument("--qformer-tokenizer", help="folder or hub id of the Q-Former's tokenizer, where SRC has none")
     parser.add_argument("--language-model", help="folder or hub id of a LAVIS checkpoint's language model")
     parser.add_argument("--vision-tower", help="file of its vision tower")

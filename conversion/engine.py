@@ -92,6 +92,7 @@ class TensorInfo:
     rows: the first of its rows in the file and the one after its last, where it is a piece of what lies there.
     parts: the tensors it is made of, one below the other; file and name are then those of the first.
     value: the tensor itself, which lies in no file.
+    combine: what makes it of its parts, where they do not simply lie below each other.
     """
 
     file: Path
@@ -101,6 +102,7 @@ class TensorInfo:
     rows: tuple[int, int] | None = None
     parts: tuple["TensorInfo", ...] = ()
     value: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    combine: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -133,8 +135,17 @@ def hub_folder(name: str) -> Path:
         ) from error
 
 
-def checkpoint_folder(folder: Path, model_types: Iterable[str]) -> Path:
-    """The folder itself when it has a config, else its one subfolder with a config of these model types."""
+def checkpoint_folder(folder: Path, model_types: Iterable[str], files: Sequence[str] = ()) -> Path:
+    """
+    The folder itself when it has a config, else its one subfolder with a config of these model types.
+
+    Args:
+        folder: a folder, or the file that a folder's weights are, beside its config.
+        model_types: those that the config of a subfolder may say.
+        files: names of other files that stand for a folder without whole weights.
+    """
+    if folder.is_file():
+        return _folder_of(folder, files)
     if (folder / "config.json").is_file():
         return folder
     known = set(model_types)
@@ -147,6 +158,21 @@ def checkpoint_folder(folder: Path, model_types: Iterable[str]) -> Path:
         f"{folder} has no config.json, and {len(found)} of its subfolders hold a checkpoint of the model types "
         f"{', '.join(sorted(known))}; expected one."
     )
+
+
+def _folder_of(file: Path, files: Sequence[str]) -> Path:
+    if not (file.parent / "config.json").is_file():
+        raise ConversionError(f"{file} has no config.json beside it, which says what model it is.")
+    whole = weights_file(file.parent)
+    if file.name != whole.name if whole else file.name not in files:
+        held = f"are {whole.name}" if whole else "are nowhere"
+        raise ConversionError(f"{file} is not what {file.parent} holds: the weights of that folder {held}.")
+    return file.parent
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file that a folder's weights are, the index where there are several; `None` where there are none."""
+    return next((folder / name for pair in _WEIGHTS for name in pair if (folder / name).is_file()), None)
 
 
 def shard_path(folder: Path, name: str, index: str) -> Path:
@@ -167,14 +193,12 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
         ConversionError: no weights, an index that leads out of the folder or disagrees with its files, a name that two
             files hold, a file that cannot be read, or a pickle that holds more than tensors.
     """
-    for single, index in _WEIGHTS:
-        if (folder / single).is_file():
-            return read_file(folder / single)
-        if (folder / index).is_file():
-            return _read_index(folder, index)
-    raise ConversionError(
-        f"{folder} has no weights: expected {' or '.join(name for pair in _WEIGHTS for name in pair)}."
-    )
+    path = weights_file(folder)
+    if path is None:
+        raise ConversionError(
+            f"{folder} has no weights: expected {' or '.join(name for pair in _WEIGHTS for name in pair)}."
+        )
+    return _read_index(folder, path.name) if path.suffix == ".json" else read_file(path)
 
 
 def _read_index(folder: Path, index: str) -> dict[str, TensorInfo]:
@@ -236,35 +260,56 @@ def _load_pickle(path: Path, **kwargs) -> dict[str, torch.Tensor]:
         raise ConversionError(f"{path} cannot be read, the file may be truncated: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors.")
-    inner = [content[key] for key in _STATES if isinstance(content.get(key), dict)]
-    content = inner[0] if inner else content
+    content = content.get(_inner_key(content), content)
     others = [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]
     if others:
         raise ConversionError(f"{path} is not a dictionary of tensors:", {"no tensor": others})
     return content
 
 
+def _inner_key(content: dict) -> str | None:
+    return next((key for key in _STATES if isinstance(content.get(key), dict)), None)
+
+
+def state_key(path: Path) -> str | None:
+    """Under which key a pickle that can be read keeps its tensors; `None` where they are all it holds."""
+    return _inner_key(torch.load(path, weights_only=True, map_location="meta"))
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """Reads one tensor."""
+    return next(read_tensors({info.name: info}))[1]
+
+
 def read_tensors(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields tensors in the given order, keeping one file open at a time."""
-    file, opened = None, None
+    """Yields tensors in the given order, keeping open the files that one tensor is made of."""
+    opened = {}
 
     def read(info: TensorInfo) -> torch.Tensor:
-        nonlocal file, opened
-        if info.file != file:
-            file, opened = info.file, None  # lets go of the last file before the next is mapped
-            if file.suffix == ".safetensors":
-                opened = _opened(file)
-            else:
-                opened = _load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
+        file = info.file
+        if file not in opened and file.suffix == ".safetensors":
+            opened[file] = _opened(file)
+        elif file not in opened:
+            opened[file] = _load_pickle(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
         if file.suffix == ".safetensors":
-            return (
-                opened.get_tensor(info.name) if info.rows is None else opened.get_slice(info.name)[slice(*info.rows)]
-            )
-        tensor = opened[info.name] if info.rows is None else opened[info.name][slice(*info.rows)]
+            held = opened[file]
+            return held.get_tensor(info.name) if info.rows is None else held.get_slice(info.name)[slice(*info.rows)]
+        tensor = opened[file][info.name] if info.rows is None else opened[file][info.name][slice(*info.rows)]
         return tensor.clone(memory_format=torch.contiguous_format)  # a view would drag its whole storage along
 
     for name, info in tensors.items():
+        files = files_of(info)
+        if not files <= opened.keys():
+            for file in opened.keys() - files:
+                del opened[file]  # lets go of the last files before the next is mapped
         yield name, assemble(info, read)
+
+
+def files_of(info: TensorInfo) -> set[Path]:
+    """The files that a tensor is read from."""
+    if info.value is not None:
+        return set()
+    return set().union(*map(files_of, info.parts)) if info.parts else {info.file}
 
 
 def assemble(info: TensorInfo, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
@@ -272,7 +317,8 @@ def assemble(info: TensorInfo, read: Callable[[TensorInfo], torch.Tensor]) -> to
     if info.value is not None:
         return info.value
     if info.parts:
-        return torch.cat([assemble(part, read) for part in info.parts])
+        parts = [assemble(part, read) for part in info.parts]
+        return torch.cat(parts) if info.combine is None else info.combine(parts)
     return read(info).reshape(info.shape)
 
 
@@ -363,12 +409,12 @@ class Plan:
 
     names: source name to target name, in the order of the files.
     dropped: those source names whose tensors go to the side file.
-    tied: those source names whose tensors the target stores under another name.
+    tied: those source names whose tensors the target stores under another name, and that name.
     """
 
     names: dict[str, str]
     dropped: set[str]
-    tied: set[str]
+    tied: dict[str, str]
 
     def kept(self) -> list[str]:
         return [name for name in self.names if name not in self.dropped and name not in self.tied]
@@ -395,7 +441,7 @@ def plan_tensors(
         ConversionError: tensors that are unknown, missing, duplicated or wrongly shaped, all of them listed.
     """
     expected = {**target.unused, **target.wanted}
-    names, dropped, tied, origins = {}, set(), set(), {}
+    names, dropped, tied, origins = {}, set(), {}, {}
     unknown, wrong = [], []
     for name, info in source.items():
         renamed = rename(name, table)
@@ -408,7 +454,7 @@ def plan_tensors(
             if info.shape != shape:
                 wrong.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
             if renamed in target.tied:
-                tied.add(name)
+                tied[name] = target.tied[renamed]
             elif renamed not in target.wanted:
                 dropped.add(name)
         elif any(re.search(pattern, renamed) for pattern in target.ignored):
@@ -514,12 +560,13 @@ def write_converted(
     *,
     shard_bytes: int = SHARD_BYTES,
     edits: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    aside: Mapping[str, TensorInfo] | None = None,
 ) -> None:
-    """Writes the weights of a plan, and the side file of what it drops."""
+    """Writes the weights of a plan, and the side file of what it drops and of what else is to be kept `aside`."""
     write_shards(
         folder, {plan.names[name]: source[name] for name in plan.kept()}, shard_bytes=shard_bytes, edits=edits
     )
-    side = {plan.names[name]: source[name] for name in plan.names if name in plan.dropped}
+    side = {plan.names[name]: source[name] for name in plan.names if name in plan.dropped} | dict(aside or {})
     if side:
         save_file(dict(read_tensors(side)), folder / DROPPED, metadata={"format": "pt"})
 
@@ -582,16 +629,6 @@ def write_hub_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
     write_json(path, content)
 
 
-def forget_image_token(folder: Path, image_token: str) -> None:
-    """Takes the image token out of a written tokenizer, for a source that never had one."""
-    words, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
-    words["added_tokens"] = [token for token in words["added_tokens"] if token["content"] != image_token]
-    settings["extra_special_tokens"].pop("image_token", None)
-    settings.pop("image_token", None)
-    write_json(folder / "tokenizer.json", words)
-    write_json(folder / "tokenizer_config.json", settings)
-
-
 def suppress_image_token(path: Path, written: Path, image_token_id: int) -> None:
     """Copies a generation config and suppresses the image token: a sampled placeholder would ask for an image."""
     content = read_json(path)
@@ -640,7 +677,7 @@ def command_line(module: str, description: str, reverse: bool = True) -> argpars
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SRC", help="folder or hub id")
+    parser.add_argument("source", metavar="SRC", help="folder, weight file or hub id")
     parser.add_argument("destination", metavar="DST", nargs="?", help="folder to write; not needed with --dry-run")
     parser.add_argument("--dry-run", action="store_true", help="show the key map and write nothing")
     check = parser.add_mutually_exclusive_group()
@@ -650,8 +687,7 @@ def command_line(module: str, description: str, reverse: bool = True) -> argpars
     parser.add_argument("--image-processor", help="folder or hub id of an image processor, where SRC has none")
     parser.add_argument("--shard-size", type=float, default=SHARD_BYTES / 1e9, metavar="GB", help="default: 5")
     if reverse:
-        parser.add_argument("--reverse", action="store_true", help="SRC is a zoo folder: go back")
-        parser.add_argument("--layout", choices=("source", "hub"), default="source", help="names for --reverse")
+        parser.add_argument("--reverse", action="store_true", help="SRC is a zoo folder: go back, file by file")
         parser.add_argument("--origin", help="with --reverse: folder of the first conversion, if SRC is a later state")
     return parser
 

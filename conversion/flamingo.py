@@ -1,8 +1,9 @@
-"""Flamingo checkpoints to the zoo.
+"""Flamingo checkpoints to the zoo and back.
 
     python -m conversion.flamingo SRC DST                to the zoo, verified; DST/parity.json holds the proof
     python -m conversion.flamingo SRC --dry-run          show which tensor becomes which
     python -m conversion.flamingo SRC DST --verify       prove a conversion that exists already
+    python -m conversion.flamingo DST BACK --reverse     back to the source's files, bit for bit
 
 SRC is a folder or a hub id in one of these formats:
 
@@ -475,7 +476,9 @@ def _open_openflamingo(
         processor=processor,
         zoo_processor=zoo_processor,
         eos_token_id=openflamingo.end_of_chunk(config),
-        edits=dict.fromkeys(shapes, openflamingo.resize(rows)),
+        edits={key: openflamingo.resize(shape, rows) for key, shape in shapes.items()},
+        apart=parts.apart(),
+        beside=parts.beside(),
     )
 
 
@@ -550,13 +553,13 @@ OPTIONS = ("tokenizer", "image_processor", "image_token_id", "language_model", "
            "vision_act")  # fmt: skip
 
 
-SCRIPT = flow.Script("flamingo", open_source, prove, OPTIONS)
-convert, verify = SCRIPT.convert, SCRIPT.verify
+SCRIPT = flow.Script("flamingo", open_source, prove, OPTIONS, ZooFlamingoConfig)
+convert, verify, reverse = SCRIPT.convert, SCRIPT.verify, SCRIPT.reverse
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
-    parser = engine.command_line("conversion.flamingo", __doc__, reverse=False)
+    parser = engine.command_line("conversion.flamingo", __doc__)
     parser.add_argument("--image-token-id", type=int, help="the image token, where no tokenizer and no config say it")
     parser.add_argument("--language-model", help="folder or hub id of an OpenFlamingo's language model")
     parser.add_argument("--vision-tower", help="folder or hub id of its CLIP, or a file of open_clip")

@@ -4,14 +4,16 @@ import argparse
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -20,7 +22,8 @@ from transformers import (
 from vlm_zoo.models.configuration_vlm import ZooConfig
 from vlm_zoo.models.parts_vlm import build_part
 
-from . import engine, parity
+from . import engine, parity, way_back
+from .edits import Edit
 from .engine import ConversionError, Plan, Table, Target, TensorInfo
 
 
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # What is assumed of a width that was never released.
 USUAL_HEAD_DIM, FEWEST_HEADS = 64, 2
+# Options that say where parts are: on the way back they lie where they are looked for.
+PATHS = ("tokenizer", "image_processor", "qformer_tokenizer", "language_model", "vision_tower", "base_model")
 # Buffers that old files carry: computed at construction, read by no model.
 IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$")
 
@@ -54,6 +59,9 @@ class Source:
     eos_token_id: with what its code ends an answer, where that is not what its language model ends with.
     vocab_size: how many logits it has, where the zoo has more.
     edits: by the zoo's name, what happens to a tensor between reading and writing.
+    apart: folders and files of its parts that may lie elsewhere, and where they belong on the way back; `None` for
+        what belongs beside its config.
+    beside: files it was read from that are neither weights nor files of transformers.
     note: what the card says beside where the weights came from.
     """
 
@@ -71,8 +79,18 @@ class Source:
     zoo_processor: ProcessorMixin | None = None
     eos_token_id: int | None = None
     vocab_size: int | None = None
-    edits: dict[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
+    edits: dict[str, Edit] = field(default_factory=dict)
+    apart: dict[Path, str | None] = field(default_factory=dict)
+    beside: tuple[Path, ...] = ()
     note: str = ""
+
+    def places(self) -> way_back.Places:
+        """Where its files belong on the way back."""
+        path = Path(self.name).absolute()
+        root = self.folder.absolute() if not path.exists() else path.parent if path.is_file() else path
+        home = way_back.Places(root).label(self.folder.absolute())
+        apart = {part: home if label is None else label for part, label in self.apart.items()}
+        return way_back.Places(root, apart, self.beside, home)
 
 
 def attention_heads(part: str, option: str, width: int, released: Mapping[int, int], given: int | None) -> int:
@@ -255,6 +273,7 @@ def write(
     script: str,
     prove: Callable[[Source, Path], dict] | None,
     shard_bytes: int = engine.SHARD_BYTES,
+    options: Mapping[str, Any] | None = None,
 ) -> dict | None:
     """
     Writes the zoo folder of a source.
@@ -265,6 +284,8 @@ def write(
         script: the conversion's name, for the card.
         prove: compares the source with the written folder; its report, `passed` or not, is written too.
         shard_bytes: size at which a new shard begins.
+        options: what the way back needs of those that the source was opened with; `None` where the script has a way
+            back of its own.
 
     Returns:
         The report, `None` without `prove`.
@@ -274,8 +295,16 @@ def write(
             `<destination>.parity.json` says where they differ.
     """
     with engine.staged(Path(destination)) as folder:
-        engine.write_converted(folder, source.tensors, source.plan, shard_bytes=shard_bytes, edits=source.edits)
+        record, aside = {}, {}
+        if options is not None:
+            record, aside = way_back.make_record(source.tensors, source.plan, source.edits, source.places())
+            homes = [source.folder, *(part for part in source.apart if part.is_dir())]
+            record["beside"] = way_back.copy_beside(source.tensors, folder, homes, source.places())
+            record["options"] = dict(options)
+        edits = {name: edit.apply for name, edit in source.edits.items()}
+        engine.write_converted(folder, source.tensors, source.plan, shard_bytes=shard_bytes, edits=edits, aside=aside)
         source.config.save_pretrained(folder)
+        record["settings"] = way_back.settings_of(type(source.config).from_pretrained(folder))
         own, written = source.folder / "generation_config.json", folder / "generation_config.json"
         if own.is_file():
             engine.suppress_image_token(own, written, source.config.image_token_id)
@@ -287,8 +316,17 @@ def write(
         if source.zoo_processor is not None:
             source.zoo_processor.save_pretrained(folder)
         names = {name: to for name, to in source.plan.names.items() if source.tensors[name].value is None}
-        record = {"source": source.name, "config": source.raw_config, "names": names}
-        engine.write_json(folder / engine.RECORD, {**record, "versions": parity.versions()})
+        engine.write_json(
+            folder / engine.RECORD,
+            {
+                "source": source.name,
+                "script": script,
+                "config": source.raw_config,
+                "names": names,
+                **record,
+                "versions": parity.versions(),
+            },
+        )
         report, proof = None, "The result was not verified."
         if prove is not None:
             report = prove(source, folder)
@@ -365,12 +403,14 @@ class Script:
     open_source: looks at a checkpoint.
     prove: compares it with what it was converted to.
     options: the names of those that `open_source` takes, on the command line too.
+    config_class: of the zoo; `None` where the script has a way back of its own.
     """
 
     name: str
     open_source: Callable[..., Source]
     prove: Callable[[Source, Path], dict]
     options: tuple[str, ...]
+    config_class: type[PreTrainedConfig] | None = None
 
     def convert(
         self,
@@ -398,8 +438,12 @@ class Script:
             ConversionError: the source cannot be read completely, or the result differs from it. `destination` is
                 then left as it was, and `<destination>.parity.json` says where they differ.
         """
-        source = self.open_source(name, **options)
-        return write(source, destination, self.name, self.prove if verify else None, shard_bytes)
+        source, kept = self.open_source(name, **options), None
+        if self.config_class is not None:
+            kept = {option: value for option, value in options.items() if option not in PATHS and value is not None}
+            if "image_token_id" in self.options:
+                kept["image_token_id"] = source.config.image_token_id
+        return write(source, destination, self.name, self.prove if verify else None, shard_bytes, kept)
 
     def verify(self, name: str | Path, converted: str | Path, **options) -> dict:
         """
@@ -414,9 +458,70 @@ class Script:
         parity.file_report(report, Path(converted) / parity.REPORT)
         return report
 
+    def find_way_back(self, name: str | Path, origin: str | Path | None = None) -> tuple[way_back.Return, ZooConfig]:
+        """Every tensor of the way back of a zoo folder, and its config; see `reverse`."""
+        folder = engine.local_folder(name)
+        config = self.config_class.from_pretrained(folder)
+        return way_back.find(folder, engine.local_folder(origin or folder), self.name, config), config
+
+    def reverse(
+        self,
+        name: str | Path,
+        destination: str | Path,
+        *,
+        origin: str | Path | None = None,
+        verify: bool = True,
+        shard_bytes: int = engine.SHARD_BYTES,
+        **options,
+    ) -> dict | None:
+        """
+        Converts a zoo folder back to the files that it came from, bit for bit where nothing was trained.
+
+        Args:
+            name: the zoo folder.
+            destination: a folder that does not exist yet, or is empty.
+            origin: the folder of the first conversion, where `name` is a later state of the model (trained, saved
+                again) without record and side file.
+            verify: run both on the same inputs and write `parity.json`.
+            shard_bytes: size at which a new shard begins, of weights that lay in no file as they are.
+            options: see the script's `open_source`; what the first conversion recorded is known.
+
+        Returns:
+            The parity report, `None` without `verify`.
+
+        Raises:
+            ConversionError: there is no record, the model has another shape now, tensors are nowhere, or what was
+                written differs from the zoo's folder. `destination` is then left as it was.
+        """
+        zoo_folder = engine.local_folder(name)
+        back, config = self.find_way_back(name, origin)
+        with engine.staged(Path(destination)) as folder:
+            way_back.write(back, folder, shard_bytes)
+            report = None
+            if verify:
+                given = {option: value for option, value in options.items() if value is not None}
+                source = self.open_source(folder, **{**back.record["options"], **given})
+                if engine.missing_parts(zoo_folder, zoo_folder):
+                    source = replace(source, processor=None, zoo_processor=None)
+                report = self.prove(replace(source, name=str(name), config=config), zoo_folder)
+                file_staged(report, folder, destination)
+        return report
+
     def job(self, arguments: argparse.Namespace) -> str:
         """Does what the command line asks for and returns what there is to say about it."""
         options = {name: getattr(arguments, name) for name in self.options}
+        if self.config_class is not None and arguments.reverse:
+            if arguments.dry_run:
+                return self.find_way_back(arguments.source, arguments.origin)[0].describe()
+            report = self.reverse(
+                arguments.source,
+                arguments.destination,
+                origin=arguments.origin,
+                verify=not arguments.no_verify,
+                shard_bytes=shard_bytes(arguments),
+                **options,
+            )
+            return summary(report, arguments.destination)
         if arguments.dry_run:
             source = self.open_source(arguments.source, **options)
             return engine.describe_plan(source.tensors, source.plan)

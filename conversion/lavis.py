@@ -143,12 +143,19 @@ class Parts:
     language_folder: the language model's folder.
     text_config: its config.
     tensors: all tensors, named as in their files, those of parts with a mark before.
+    tower_file: the tower's file, where the save does not hold it.
     """
 
     save: Path
     language_folder: Path
     text_config: PreTrainedConfig
     tensors: dict[str, TensorInfo]
+    tower_file: Path | None
+
+    def apart(self) -> dict[Path, str]:
+        """Its parts, and where they are looked for beside the save."""
+        parts = {self.language_folder: LANGUAGE_FOLDER}
+        return parts if self.tower_file is None else {**parts, self.tower_file: TOWER_FILE}
 
     @property
     def text_conditioned(self) -> bool:
@@ -189,7 +196,8 @@ def read_parts(path: Path, language_model: str | None = None, vision_tower: str 
         for name, info in {**tower, **language}.items()
         if not any(name.replace(mark, own) in saved for mark, own in _SAVED_AS)
     }
-    return Parts(save, folder, text_config, {**apart, **saved})
+    tower_file = next((info.file for info in tower.values()), None)
+    return Parts(save, folder, text_config, {**apart, **saved}, tower_file)
 
 
 def _check_kind(save: Path, saved: Mapping[str, TensorInfo]) -> None:
@@ -211,7 +219,7 @@ def check_decoder(text_config: PreTrainedConfig) -> None:
 
 def read_tower(save: Path, option: str | None) -> dict[str, TensorInfo]:
     """The tower that is a file of its own, its names marked: what the option names, or what lies beside the save."""
-    path = Path(option) if option else save.parent / TOWER_FILE
+    path = Path(option).absolute() if option else save.parent / TOWER_FILE
     if not path.is_file():
         raise ConversionError(f"The vision tower {path} does not exist: name its file with --vision-tower.")
     return {f"{TOWER}{name}": info for name, info in engine.read_file(path).items()}
@@ -229,30 +237,14 @@ def join_biases(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return joined
 
 
-def add_key_bias(bias: torch.Tensor) -> torch.Tensor:
-    """An edit: biases of queries and values, `float[2 * D]`, to those of queries, keys and values, `float[3 * D]`."""
-    query, value = bias.chunk(2)
-    return torch.cat((query, torch.zeros_like(query), value))
-
-
 def tower_biases(target: Target) -> list[str]:
-    """The zoo's names of the biases that `add_key_bias` makes."""
+    """The zoo's names of the biases that `AddKeyBias` makes."""
     return [name for name in target.wanted if re.match(r"model\.vision_tower\..+\.self_attn\.qkv\.bias$", name)]
 
 
 def shapes_before(target: Target) -> dict[str, tuple[int, ...]]:
     """The shapes that these have before it."""
     return {name: (target.wanted[name][0] // 3 * 2,) for name in tower_biases(target)}
-
-
-def drop_key_bias(bias: torch.Tensor) -> torch.Tensor:
-    """The inverse of `add_key_bias`; a bias of keys that is not zero would be lost, and is a `ConversionError`."""
-    query, key, value = bias.chunk(3)
-    if key.count_nonzero():
-        raise ConversionError(
-            f"LAVIS' tower has no bias of keys, but {key.count_nonzero()} of {len(key)} are not zero: was it trained?"
-        )
-    return torch.cat((query, value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

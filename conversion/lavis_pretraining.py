@@ -20,6 +20,7 @@ from vlm_zoo.models.blip2_pretraining import ZooBlip2ForPretraining
 from vlm_zoo.models.parts_vlm import build_part
 
 from . import engine, lavis
+from .edits import AddKeyBias
 from .engine import ConversionError, Table, Target, TensorInfo
 
 
@@ -84,7 +85,7 @@ def stage_1_from_lavis(
     state = {
         plan.names[name]: tensor for name, tensor in engine.read_tensors({name: tensors[name] for name in plan.kept()})
     }
-    state |= {name: lavis.add_key_bias(state[name]) for name in biases}
+    state |= {name: AddKeyBias().apply(state[name]) for name in biases}
     model = ZooBlip2ForPretraining.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return model.eval()
 

@@ -5,12 +5,18 @@
     python -m conversion.llava SRC DST --verify       prove a conversion that exists already
     python -m conversion.llava DST BACK --reverse     back to the source's layout, bit for bit
 
-SRC is a folder or a hub id in one of these formats:
+SRC is a folder, the file that its weights are, or a hub id, in one of these formats:
 
     transformers    LlavaForConditionalGeneration and LlavaNextForConditionalGeneration, with the tensor names of
                     version 5 or of version 4 (those found on the Hub)
     the original    LLaVA 1.0, 1.5 and 1.6 (model_type llava_llama, llava_mistral or llava_qwen), its vision tower
                     among the tensors, in a folder beside them, or named by --vision-tower
+    parts of it     delta weights, a LoRA adapter (adapter_model, non_lora_trainables.bin) or a stage-1 folder with
+                    nothing but mm_projector.bin: merged with the language model that --base-model names
+
+Delta weights look like whole ones, and no proof can tell them apart: with --base-model weights are taken for a delta
+and summed with it, without they are taken as they are. An adapter's base model is by default the one that its
+adapter_config.json names.
 
 Where a format and the zoo differ, the config says so and the numbers stay the source's:
 
@@ -36,14 +42,14 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
-    PreTrainedConfig,
 )
 
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor, select_best_resolution
 from vlm_zoo.models.llava import ZooLlavaConfig, ZooLlavaForConditionalGeneration, ZooLlavaProcessor
 from vlm_zoo.models.parts_vlm import measure_tower
 
-from . import engine, flow, llava_original, parity
+from . import engine, flow, llava_merged, llava_original, parity, way_back
+from .edits import FillRows
 from .engine import ConversionError, Table, Target, TensorInfo
 from .flow import Source
 
@@ -172,12 +178,6 @@ def hub_config(config: LlavaConfig | LlavaNextConfig) -> dict:
     return content
 
 
-def settings_of(config: PreTrainedConfig) -> dict:
-    """The config's content without what saving and loading add."""
-    transient = ("auto_map", "architectures", "transformers_version", "_name_or_path")
-    return {name: value for name, value in config.to_dict().items() if name not in transient}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Processors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,11 +250,13 @@ class Look:
     source: the checkpoint.
     read_processor: builds its own processor from an image processor's and a tokenizer's folder.
     image_processor_folder: where its image processor is.
+    tokenizer_folder: where its tokenizer is.
     """
 
     source: Source
     read_processor: Callable[[Path, Path], LlavaProcessor | LlavaNextProcessor]
     image_processor_folder: Path
+    tokenizer_folder: Path
 
 
 def open_source(
@@ -263,18 +265,22 @@ def open_source(
     tokenizer: str | None = None,
     image_processor: str | None = None,
     vision_tower: str | None = None,
+    base_model: str | None = None,
 ) -> Source:
     """
     Looks at a checkpoint: finds its format, maps its config, and plans where its tensors go.
 
     Args:
-        name: folder or hub id; a folder whose one subfolder is the checkpoint will do.
+        name: folder, weight file or hub id; a folder whose one subfolder is the checkpoint will do.
         tokenizer, image_processor: folders or hub ids to take instead of the source's own.
         vision_tower: folder or hub id of the tower of an original checkpoint, where it is not found beside it.
+        base_model: folder or hub id of the language model of an original checkpoint that holds delta weights, a LoRA
+            adapter or only the projector. Whole weights cannot be told from delta weights: with a base model, they
+            are taken as such.
     """
-    look = look_at(name, tokenizer, vision_tower)
+    look = look_at(name, tokenizer, vision_tower, base_model)
     source = look.source
-    words = engine.local_folder(tokenizer) if tokenizer else source.folder
+    words = engine.local_folder(tokenizer) if tokenizer else look.tokenizer_folder
     pixels = engine.local_folder(image_processor) if image_processor else look.image_processor_folder
     missing = engine.missing_parts(words, pixels)
     flow.warn_of_missing(source.name, missing)
@@ -288,12 +294,17 @@ def open_source(
     return replace(source, processor=processor, zoo_processor=zoo_processor(processor, source.config))
 
 
-def look_at(name: str | Path, tokenizer: str | None = None, vision_tower: str | None = None) -> Look:
+def look_at(
+    name: str | Path, tokenizer: str | None = None, vision_tower: str | None = None, base_model: str | None = None
+) -> Look:
     """Looks at a checkpoint without its processors; `open_source` says what the arguments are."""
-    folder = engine.checkpoint_folder(engine.local_folder(name), {*FORMATS, *llava_original.TEXT_TYPES})
+    known_types = {*FORMATS, *llava_original.TEXT_TYPES}
+    folder = engine.checkpoint_folder(engine.local_folder(name), known_types, llava_merged.FILES)
     raw_config = engine.read_json(folder / "config.json")
     if llava_original.is_original(raw_config):
-        return _look_at_original(str(name), folder, raw_config, vision_tower, tokenizer)
+        return _look_at_original(str(name), folder, raw_config, vision_tower, tokenizer, base_model)
+    if base_model is not None:
+        raise ConversionError(f"{name} is no checkpoint of LLaVA's own: --base-model means nothing to it.")
     if raw_config.get("model_type") not in FORMATS:
         known = ", ".join([*FORMATS, "the original's"])
         raise ConversionError(f"{name} is of model type '{raw_config.get('model_type')}'; this script reads {known}.")
@@ -316,17 +327,25 @@ def _look_at_transformers(name: str, folder: Path, raw_config: dict) -> Look:
         load=lambda: parity.load_strictly(model_class, folder),
         implementation=f"transformers' {model_class.__name__}",
     )
-    return Look(source, functools.partial(flow.read_processor, processor_class, folder), folder)
+    return Look(source, functools.partial(flow.read_processor, processor_class, folder), folder, folder)
 
 
 def _look_at_original(
-    name: str, folder: Path, raw_config: dict, vision_tower: str | None, tokenizer: str | None
+    name: str,
+    folder: Path,
+    raw_config: dict,
+    vision_tower: str | None,
+    tokenizer: str | None,
+    base_model: str | None,
 ) -> Look:
     tower = llava_original.find_tower(folder, raw_config, vision_tower)
-    tensors = engine.read_checkpoint(folder)
+    weights = llava_merged.read_weights(folder, base_model)
+    tensors, home = weights.tensors, folder
+    if weights.base is not None and not engine.has_tokenizer(folder):
+        home = weights.base
     if not any(key.startswith("model.vision_tower.") for key in tensors):
         tensors |= llava_original.tower_tensors(tower)
-    words, image_token_id = engine.local_folder(tokenizer) if tokenizer else folder, raw_config["vocab_size"]
+    words, image_token_id = engine.local_folder(tokenizer) if tokenizer else home, raw_config["vocab_size"]
     if engine.has_tokenizer(words):
         image_token_id = llava_original.read_tokenizer(words).image_token_id
     config = llava_original.zoo_config(raw_config, llava_original.tower_config(tower), image_token_id)
@@ -348,9 +367,11 @@ def _look_at_original(
         load=lambda: llava_original.OriginalLlava(raw_config, config, tensors, folder),
         implementation="what LLaVA's code computes, on transformers' tower and language model",
         vocab_size=raw_config["vocab_size"] if grown else None,
-        edits=dict.fromkeys(shapes, llava_original.grow(rows)),
+        edits=dict.fromkeys(shapes, FillRows(rows)),
+        apart={tower: llava_original.tower_name(raw_config), **({weights.base: None} if weights.base else {})},
+        note=weights.note,
     )
-    return Look(source, lambda pixels, words: llava_original.read_processor(words, pixels, raw_config), tower)
+    return Look(source, lambda pixels, words: llava_original.read_processor(words, pixels, raw_config), tower, home)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,25 +440,6 @@ def random_rows(model: nn.Module, config: ZooLlavaConfig) -> list[parity.Row]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Return:
-    """
-    The way back of a zoo folder.
-
-    config: the zoo's config.
-    raw_config: the `config.json` to write.
-    tensors: what is read for each new name.
-    edits: what happens to a tensor between reading and writing.
-    original: whether the layout is LLaVA's own.
-    """
-
-    config: ZooLlavaConfig
-    raw_config: dict
-    tensors: dict[str, TensorInfo]
-    edits: dict[str, Callable[[torch.Tensor], torch.Tensor]]
-    original: bool
-
-
 def reverse(
     name: str | Path,
     destination: str | Path,
@@ -446,6 +448,7 @@ def reverse(
     origin: str | None = None,
     verify: bool = True,
     shard_bytes: int = engine.SHARD_BYTES,
+    **options,
 ) -> dict | None:
     """
     Converts a zoo folder back to the format that it came from.
@@ -453,12 +456,13 @@ def reverse(
     Args:
         name: the zoo folder.
         destination: a folder that does not exist yet, or is empty.
-        layout: `"source"` writes the names that the source had, `"hub"` those of transformers 4, which versions 4
-            and 5 read; a folder that never was converted has no source, and gets the latter.
+        layout: `"source"` writes the files that the source had, `"hub"` transformers' LLaVA with the names of version
+            4, which versions 4 and 5 read; a folder that never was converted has no source, and gets the latter.
         origin: the folder of the first conversion, where `name` is a later state of the model (trained, saved again)
             without the side files.
         verify: run both on the same inputs and write `parity.json`.
         shard_bytes: size at which a new shard begins.
+        options: see `open_source`.
 
     Returns:
         The parity report, `None` without `verify`.
@@ -467,88 +471,52 @@ def reverse(
         ConversionError: the format has no such model, or tensors that it asks for are nowhere.
     """
     zoo_folder = engine.local_folder(name)
-    back = plan_reverse(zoo_folder, engine.local_folder(origin or name), layout)
-    tower = {key: info for key, info in back.tensors.items() if key.startswith(llava_original.APART)}
-    rest = {key: info for key, info in back.tensors.items() if key not in tower}
+    home = engine.local_folder(origin or name)
+    if layout == "source" and (home / engine.RECORD).is_file():
+        return SCRIPT.reverse(name, destination, origin=origin, verify=verify, shard_bytes=shard_bytes, **options)
+    config, raw_config, tensors = plan_hub_layout(zoo_folder, home)
     with engine.staged(Path(destination)) as folder:
-        engine.write_shards(folder, rest, shard_bytes=shard_bytes, edits=back.edits)
-        engine.write_json(folder / "config.json", back.raw_config)
+        engine.write_shards(folder, tensors, shard_bytes=shard_bytes)
+        engine.write_json(folder / "config.json", raw_config)
         if (zoo_folder / "generation_config.json").is_file():
             written = folder / "generation_config.json"
-            engine.allow_image_token(zoo_folder / written.name, written, back.config.image_token_id)
-        if back.original:
-            llava_original.write_tower(folder, back.raw_config, back.config.vision_config, tower)
+            engine.allow_image_token(zoo_folder / written.name, written, config.image_token_id)
         if not engine.missing_parts(zoo_folder, zoo_folder):
-            write_processor(zoo_folder, folder, back)
+            write_processor(zoo_folder, folder, config, raw_config)
         report = None
         if verify:
-            source = replace(look_at(folder).source, name=str(name), config=back.config)
+            source = replace(look_at(folder).source, name=str(name), config=config)
             report = prove(source, zoo_folder)
             flow.file_staged(report, folder, destination)
     return report
 
 
-def plan_reverse(zoo_folder: Path, home: Path, layout: str) -> Return:
-    """Finds every tensor of the way back, and its name there; `home` is the folder of the first conversion."""
+def plan_hub_layout(zoo_folder: Path, home: Path) -> tuple[ZooLlavaConfig, dict, dict[str, TensorInfo]]:
+    """The zoo's config, transformers' `config.json`, and every tensor by its name there; `home` is the folder of the
+    first conversion, where the side file is."""
     config = ZooLlavaConfig.from_pretrained(zoo_folder)
     tensors, side = engine.read_checkpoint(zoo_folder), home / engine.DROPPED
     if side.is_file():
-        tensors |= engine.read_file(side)
+        tensors |= {name: info for name, info in engine.read_file(side).items() if not name.startswith(way_back.MARKS)}
     target = zoo_target(config)
     whole = Target(
         {**target.wanted, **target.unused}, tied=target.tied, ignored=(*target.ignored, *llava_original.IGNORED)
     )
     hint = "" if side.is_file() else f" ({home} has no {side.name}: --origin names the folder of the first conversion)"
     engine.plan_tensors(tensors, ((r"^", ""),), whole, f"{zoo_folder}{hint}")
-    tensors |= {name: tensors[twin] for name, twin in target.tied.items() if name not in tensors}
-    if layout == "source" and (home / engine.RECORD).is_file():
-        return _to_source(config, tensors, target, engine.read_json(home / engine.RECORD))
     table = TO_HUB_WRAPPED if config.vision_config.model_type in WRAPPED_TOWERS else TO_HUB
     kept = [name for name in tensors if name in whole.wanted and name not in target.tied]
-    return Return(
-        config=config,
-        raw_config=hub_config(transformers_config(config)),
-        tensors={engine.rename(target.former(name), table): tensors[name] for name in kept},
-        edits={},
-        original=False,
-    )
+    named = {engine.rename(target.former(name), table): tensors[name] for name in kept}
+    return config, hub_config(transformers_config(config)), named
 
 
-def _to_source(config: ZooLlavaConfig, tensors: dict[str, TensorInfo], target: Target, record: dict) -> Return:
-    names, raw_config = record["names"], record["config"]
-    new = [name for name in tensors if name not in names.values() and name not in target.tied]
-    if new:
-        raise ConversionError(f"{record['source']} never had these tensors, use --layout hub:", {"unknown": new})
-    found = {name: tensors[renamed] for name, renamed in names.items()}
-    original = llava_original.is_original(raw_config)
-    if original:
-        before = llava_original.zoo_config(raw_config, config.vision_config, config.image_token_id)
-    else:
-        before = zoo_config(FORMATS[raw_config["model_type"]][0].from_dict(copy.deepcopy(raw_config)))
-    unchanged = settings_of(before) == settings_of(config)
-    if original and not unchanged:
-        raise ConversionError(f"The config is no longer that of {record['source']}, use --layout hub.")
-    edits = {}
-    if original and config.text_config.vocab_size > raw_config["vocab_size"]:
-        cut = llava_original.shrink(raw_config["vocab_size"])
-        edits = {name: cut for name, renamed in names.items() if renamed in llava_original.GROWN}
-    content = raw_config if unchanged else hub_config(transformers_config(config))
-    return Return(config, content, found, edits, original)
-
-
-def write_processor(zoo_folder: Path, folder: Path, back: Return) -> None:
+def write_processor(zoo_folder: Path, folder: Path, config: ZooLlavaConfig, raw_config: dict) -> None:
     """Writes tokenizer, image processor and processor in files that transformers 4 and 5 read."""
-    processor, config = ZooLlavaProcessor.from_pretrained(zoo_folder), back.config
+    processor = ZooLlavaProcessor.from_pretrained(zoo_folder)
     engine.write_hub_tokenizer(processor.tokenizer, folder)
     settings = processor.image_processor.to_dict()
     fields = {name: settings[name] for name in (*PIXEL_FIELDS, "do_center_crop")}
     kind, tiled = "CLIPImageProcessor", config.image_grid_pinpoints is not None
-    if back.original:
-        if back.edits:
-            engine.forget_image_token(folder, processor.image_token)
-        home = folder / llava_original.tower_name(back.raw_config)
-        engine.write_json(home / "preprocessor_config.json", {"image_processor_type": kind, **fields})
-        return
     if tiled:
         kind = "LlavaNextImageProcessor"
         fields |= {"do_pad": settings["do_pad"], "image_grid_pinpoints": settings["image_grid_pinpoints"]}
@@ -559,7 +527,7 @@ def write_processor(zoo_folder: Path, folder: Path, back: Return) -> None:
         fields["do_pad"] = True
     elif not settings["do_center_crop"]:
         kind = "SiglipImageProcessor"
-    shared = {"processor_class": FORMATS[back.raw_config["model_type"]][2].__name__}
+    shared = {"processor_class": FORMATS[raw_config["model_type"]][2].__name__}
     engine.write_json(folder / "preprocessor_config.json", {"image_processor_type": kind, **fields, **shared})
     engine.write_json(
         folder / "processor_config.json",
@@ -567,7 +535,7 @@ def write_processor(zoo_folder: Path, folder: Path, back: Return) -> None:
             "image_token": processor.image_token,
             "num_additional_image_tokens": measure_tower(config.vision_config)[1],
             "patch_size": config.vision_config.patch_size,
-            "vision_feature_select_strategy": back.raw_config["vision_feature_select_strategy"],
+            "vision_feature_select_strategy": raw_config["vision_feature_select_strategy"],
             **shared,
         },
     )
@@ -580,18 +548,20 @@ def write_processor(zoo_folder: Path, folder: Path, back: Return) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SCRIPT = flow.Script("llava", open_source, prove, ("tokenizer", "image_processor", "vision_tower"))
+OPTIONS = ("tokenizer", "image_processor", "vision_tower", "base_model")
+SCRIPT = flow.Script("llava", open_source, prove, OPTIONS, ZooLlavaConfig)
 convert, verify = SCRIPT.convert, SCRIPT.verify
 
 
 def job(arguments: argparse.Namespace) -> str:
     """Does what the command line asks for and returns what there is to say about it."""
-    if not arguments.reverse:
+    folder = engine.local_folder(arguments.source) if arguments.reverse else Path()
+    home = engine.local_folder(arguments.origin) if arguments.origin else folder
+    if not arguments.reverse or (arguments.layout == "source" and (home / engine.RECORD).is_file()):
         return SCRIPT.job(arguments)
-    folder = engine.local_folder(arguments.source)
     if arguments.dry_run:
-        back = plan_reverse(folder, engine.local_folder(arguments.origin or folder), arguments.layout)
-        return "\n".join(f"{info.name} -> {name}" for name, info in back.tensors.items())
+        tensors = plan_hub_layout(folder, home)[2]
+        return "\n".join(f"{info.name} -> {name}" for name, info in tensors.items())
     report = reverse(
         folder,
         arguments.destination,
@@ -606,7 +576,11 @@ def job(arguments: argparse.Namespace) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
     parser = engine.command_line("conversion.llava", __doc__)
+    parser.add_argument(
+        "--layout", choices=("source", "hub"), default="source", help="with --reverse: which names; default: source"
+    )
     parser.add_argument("--vision-tower", help="folder or hub id of the tower of an original checkpoint")
+    parser.add_argument("--base-model", help="folder or hub id of the language model of one that is not whole")
     return engine.run(parser, job, arguments)
 
 

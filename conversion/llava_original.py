@@ -47,6 +47,8 @@ TEXT_TYPES = {
     "llava_mistral": "mistral",
     "llava_qwen": "qwen2",
 }
+# What the first releases say, which alone does not make a LLaVA.
+FIRST_TYPES = {"llama": "llama"}
 APART = "vision tower: "  # marks the names of a tower that is a checkpoint of its own
 
 FROM_ORIGINAL: Table = (
@@ -136,15 +138,6 @@ def tower_name(raw_config: dict) -> str:
     return PurePosixPath(str(raw_config["mm_vision_tower"])).name.strip(".") or "vision_tower"
 
 
-def write_tower(folder: Path, raw_config: dict, config: PreTrainedConfig, tensors: dict[str, TensorInfo]) -> None:
-    """Writes the tower's own folder inside the checkpoint, with its tensors where they were apart."""
-    home = folder / tower_name(raw_config)
-    home.mkdir()
-    config.save_pretrained(home)
-    if tensors:
-        engine.write_shards(home, {name.removeprefix(APART): info for name, info in tensors.items()})
-
-
 def projector_layers(raw_config: dict) -> int:
     kind = raw_config.get("mm_projector_type", "linear")
     match = re.fullmatch(r"mlp([1-8])x_gelu", kind)
@@ -166,7 +159,7 @@ def pinpoints(raw_config: dict) -> list[list[int]] | None:
 
 def zoo_config(raw_config: dict, vision_config: PreTrainedConfig, image_token_id: int) -> ZooLlavaConfig:
     """The zoo's config of an original one; the vocabulary reaches up to the image token."""
-    text_type = TEXT_TYPES.get(raw_config.get("model_type"))
+    text_type = {**TEXT_TYPES, **FIRST_TYPES}.get(raw_config.get("model_type"))
     if text_type is None:
         raise ConversionError(f"model_type is '{raw_config.get('model_type')}'; known are {', '.join(TEXT_TYPES)}.")
     known = {*AutoConfig.for_model(text_type).to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "dtype"}
@@ -189,21 +182,6 @@ def zoo_config(raw_config: dict, vision_config: PreTrainedConfig, image_token_id
         dtype=raw_config.get("torch_dtype", "float32"),
         architectures=["ZooLlavaForConditionalGeneration"],
     )
-
-
-def grow(rows: int):
-    """An edit: fills a matrix up to this many rows with its mean row, computed in float32."""
-
-    def edit(matrix: torch.Tensor) -> torch.Tensor:
-        mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
-        return torch.cat((matrix, mean.expand(rows - len(matrix), -1)))
-
-    return edit
-
-
-def shrink(rows: int):
-    """The inverse of `grow`."""
-    return lambda matrix: matrix[:rows].clone()
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,8 +1,9 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints to the zoo.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints to the zoo and back.
 
     python -m conversion.mrope SRC DST                to the zoo, verified; DST/parity.json holds the proof
     python -m conversion.mrope SRC --dry-run          show which tensor becomes which
     python -m conversion.mrope SRC DST --verify       prove a conversion that exists already
+    python -m conversion.mrope DST BACK --reverse     back to the source's files, bit for bit
 
 SRC is a folder or a hub id of transformers, with the tensor names of version 5 or of version 4 (those found on the
 Hub). Qwen3-VL's mixtures of experts are read too.
@@ -65,6 +66,7 @@ from vlm_zoo.models.mrope import ZooMropeConfig, ZooMropeForConditionalGeneratio
 from vlm_zoo.models.native_vlm import patch_geometry
 
 from . import engine, flow, parity
+from .edits import Transpose
 from .engine import ConversionError, Table, Target, TensorInfo
 from .flow import Source
 
@@ -152,10 +154,6 @@ def transposed_experts(tensors: Mapping[str, TensorInfo], target: Target) -> dic
         if info.shape == (experts, inputs, outputs):
             found[renamed] = info.shape
     return found
-
-
-def transpose(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.transpose(1, 2).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +344,7 @@ def open_source(name: str | Path, *, tokenizer: str | None = None, image_process
         plan=engine.plan_tensors(tensors, FROM_TRANSFORMERS, target, str(name), shapes),
         load=lambda: UpstreamQwen(parity.load_strictly(form.model, folder)),
         implementation=f"transformers' {form.model.__name__}",
-        edits=dict.fromkeys(shapes, transpose),
+        edits=dict.fromkeys(shapes, Transpose()),
     )
     words = engine.local_folder(tokenizer) if tokenizer else folder
     pixels = engine.local_folder(image_processor) if image_processor else folder
@@ -489,13 +487,13 @@ def random_rows(config: ZooMropeConfig, video_token_id: int | None = None) -> li
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SCRIPT = flow.Script("mrope", open_source, prove, ("tokenizer", "image_processor"))
-convert, verify = SCRIPT.convert, SCRIPT.verify
+SCRIPT = flow.Script("mrope", open_source, prove, ("tokenizer", "image_processor"), ZooMropeConfig)
+convert, verify, reverse = SCRIPT.convert, SCRIPT.verify, SCRIPT.reverse
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
-    return engine.run(engine.command_line("conversion.mrope", __doc__, reverse=False), SCRIPT.job, arguments)
+    return engine.run(engine.command_line("conversion.mrope", __doc__), SCRIPT.job, arguments)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from vlm_zoo.models.flamingo import ZooFlamingoConfig, ZooFlamingoProcessor
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 
 from . import engine, flow, llava_original
+from .edits import CutRows, Edit, FillRows
 from .engine import ConversionError, Table, TensorInfo
 
 
@@ -49,6 +50,7 @@ IMAGE_TOKEN, END_OF_CHUNK, PAD_TOKEN = "<image>", "<|endofchunk|>", "<PAD>"
 NUM_HEADS, HEAD_DIM = 8, 64
 LANGUAGE = "language model: "  # marks the names of a language model that is a checkpoint of its own
 TOWER = "open_clip: "  # and those of a tower of open_clip
+TOWER_FILE = "open_clip_visual.pt"
 # By width, the heads of open_clip's towers: B, L, H, g and G.
 TOWER_HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 # All published OpenFlamingos see with OpenAI's L.
@@ -216,22 +218,42 @@ class Parts:
     A checkpoint and what belongs to it.
 
     home: the folder of what trained.
-    facts: what a JSON file beside it says.
+    facts: what a JSON file beside it says; facts_file: that file.
     decoder, text_config: the language model.
     language_folder: its folder in transformers' format, if there is one.
     vision_config: the tower's config; `CLIPVisionConfig` for open_clip's too.
+    tower_file: where the tower's tensors are.
     tensors: all tensors, named as in their files, those of parts with a mark before.
     gated_layers: the layers with a block before them.
     """
 
     home: Path
     facts: dict
+    facts_file: Path | None
     decoder: Decoder
     text_config: PreTrainedConfig
     language_folder: Path | None
     vision_config: PreTrainedConfig
+    tower_file: Path | None
     tensors: dict[str, TensorInfo]
     gated_layers: list[int]
+
+    def apart(self) -> dict[Path, str]:
+        """Its parts, and where they are looked for beside the save."""
+        parts = {} if self.language_folder is None else {self.language_folder: "llm"}
+        if self.tower_file is not None and self.vision_config_is_saved():
+            parts[self.tower_file.parent] = "clip"
+        elif self.tower_file is not None:
+            parts[self.tower_file] = TOWER_FILE
+        return parts
+
+    def beside(self) -> tuple[Path, ...]:
+        """The file of facts, if there is one."""
+        return () if self.facts_file is None else (self.facts_file,)
+
+    def vision_config_is_saved(self) -> bool:
+        """Whether the tower is a folder of transformers."""
+        return any(name.startswith(llava_original.APART) for name in self.tensors)
 
     @property
     def table(self) -> Table:
@@ -240,13 +262,18 @@ class Parts:
 
 def is_openflamingo(path: Path) -> bool:
     """Whether this is a save of OpenFlamingo, or a folder with one."""
-    return path.is_file() or bool(_saves(path))
+    return not _is_another(path.parent) if path.is_file() else bool(_saves(path))
+
+
+def _is_another(folder: Path) -> bool:
+    """Whether a folder's config is one of a model that is no language model of an OpenFlamingo."""
+    config = folder / "config.json"
+    return config.is_file() and engine.read_json(config).get("model_type") not in DECODERS
 
 
 def _saves(folder: Path) -> list[Path]:
     """What trained, best first: the last epoch, then everything at once."""
-    config = folder / "config.json"
-    if config.is_file() and engine.read_json(config).get("model_type") not in DECODERS:
+    if _is_another(folder):
         return []
     epochs = [path for path in folder.glob("checkpoint_*.pt") if path.stem.split("_")[1].isdigit()]
     epochs.sort(key=lambda path: int(path.stem.split("_")[1]), reverse=True)
@@ -271,7 +298,7 @@ def read_parts(
     """
     save = path if path.is_file() else _saves(path)[0]
     home = save.parent
-    facts = find_facts(home)
+    facts_file, facts = find_facts(home)
     folder = engine.local_folder(language_model) if language_model else find_folder(home, DECODERS)
     text_config = read_text_config(folder, facts)
     decoder = DECODERS[text_config.model_type]
@@ -294,19 +321,22 @@ def read_parts(
     replaced = {engine.rename(name, table) for name in trained}
     language = {name: info for name, info in language.items() if engine.rename(name, table) not in replaced}
     tensors = {**tower, **language, **trained}
-    return Parts(home, facts, decoder, text_config, folder, vision_config, tensors, gated_layers)
+    tower_file = next((info.file for info in tower.values()), None)
+    return Parts(
+        home, facts, facts_file, decoder, text_config, folder, vision_config, tower_file, tensors, gated_layers
+    )
 
 
-def find_facts(folder: Path) -> dict:
-    """What a JSON file beside the checkpoint says that the checkpoint does not."""
+def find_facts(folder: Path) -> tuple[Path | None, dict]:
+    """The JSON file beside the checkpoint that says what the checkpoint does not, if there is one, and its content."""
     for path in sorted(folder.glob("*.json")):
         try:
             content = engine.read_json(path)
         except ConversionError:  # anything may lie there
             continue
         if content.keys() & {"lang_config", "media_token_id", "vision_heads", "vision_hidden_act"}:
-            return content
-    return {}
+            return path, content
+    return None, {}
 
 
 def find_folder(home: Path, model_types: Iterable[str]) -> Path | None:
@@ -360,9 +390,9 @@ def read_tower(
     act: str | None,
 ) -> tuple[dict[str, TensorInfo], PreTrainedConfig]:
     """The tower's tensors, from what the option names, the file or the folder beside the save, or the save itself."""
-    file, folder = home / "open_clip_visual.pt", find_folder(home, ("clip", "clip_vision_model"))
+    file, folder = home / TOWER_FILE, find_folder(home, ("clip", "clip_vision_model"))
     if option is not None:
-        file = Path(option)
+        file = Path(option).absolute()
         folder = None if file.is_file() else engine.local_folder(option)
     own = {name: info for name, info in saved.items() if "vision_encoder." in name}
     config = None if folder is None else llava_original.tower_config(folder)
@@ -522,10 +552,9 @@ def zoo_config(parts: Parts, image_token_id: int) -> ZooFlamingoConfig:
     )
 
 
-def resize(rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """An edit: cuts a matrix to this many rows, or fills it up with its mean row."""
-    grow = llava_original.grow(rows)
-    return lambda matrix: matrix[:rows].clone() if len(matrix) > rows else grow(matrix)
+def resize(shape: tuple[int, ...], rows: int) -> Edit:
+    """The edit that cuts a matrix of this shape to this many rows, or fills it up."""
+    return CutRows(rows) if shape[0] > rows else FillRows(rows)
 
 
 def resized(parts: Parts, rows: int) -> dict[str, tuple[int, ...]]:

@@ -197,7 +197,9 @@ class OriginalFlamingo(nn.Module):
         for name, tensor in engine.read_tensors(parts.tensors):
             pattern, module, prefix = next(place for place in places if re.search(place[0], name))
             inner = re.sub(pattern, prefix, name).replace(".gated_cross_attn_layer", "").replace(".decoder_layer", "")
-            states[id(module)][inner] = resize(rows)(tensor) if inner == "lm_head.weight" else tensor
+            states[id(module)][inner] = (
+                resize(tensor.shape, rows).apply(tensor) if inner == "lm_head.weight" else tensor
+            )
         for module in (self.perceiver, self.blocks, self.model.vision_tower, self.lang_encoder):
             missing = module.load_state_dict(states[id(module)], strict=False).missing_keys
             tied = self.config.tie_word_embeddings and missing == ["lm_head.weight"]

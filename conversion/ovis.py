@@ -4,7 +4,7 @@ The code is not run. `OriginalOvis` and `OriginalProcessor` say again what it co
 on transformers' tower, language model and image processor.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from vlm_zoo.models.parts_vlm import build_part, pair
 from vlm_zoo.models.vet import ZooVetConfig
 
 from . import engine, flow
+from .edits import Scale
 from .engine import ConversionError, Table, TensorInfo
 
 
@@ -205,12 +206,12 @@ def tower_config(raw: Mapping) -> PreTrainedConfig:
     )
 
 
-def scaled(config: ZooVetConfig) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def scaled(config: ZooVetConfig) -> Scale | None:
     """The edit that makes the factor of all embeddings part of the table, in float32, where it does not round; `None`
     where there is no factor."""
     if config.text_config.model_type not in SCALES_ALL_EMBEDDINGS:
         return None
-    return lambda table: table.float() * config.text_config.hidden_size**0.5
+    return Scale(config.text_config.hidden_size**0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

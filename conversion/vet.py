@@ -1,8 +1,9 @@
-"""Visual embedding tables to the zoo.
+"""Visual embedding tables to the zoo and back.
 
     python -m conversion.vet SRC DST                to the zoo, verified; DST/parity.json holds the proof
     python -m conversion.vet SRC --dry-run          show which tensor becomes which
     python -m conversion.vet SRC DST --verify       prove a conversion that exists already
+    python -m conversion.vet DST BACK --reverse     back to the source's files, bit for bit
 
 SRC is a folder or a hub id in one of these formats:
 
@@ -29,6 +30,7 @@ Ovis 1.0 and 1.5 are refused, and so is 2.5 with attention within windows.
 """
 
 import copy
+import logging
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -47,7 +49,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm_zoo.chat_templates import find_template, response_tokens
+from vlm_zoo.chat_templates import ChatTemplateError, find_template, response_tokens
 from vlm_zoo.models.geometry_vlm import covering_grid
 from vlm_zoo.models.image_processing_vlm import ZooImageProcessor
 from vlm_zoo.models.native_vlm import patch_geometry
@@ -55,11 +57,14 @@ from vlm_zoo.models.parts_vlm import pair
 from vlm_zoo.models.vet import ZooVetConfig, ZooVetForConditionalGeneration, ZooVetProcessor, layout, num_views
 from vlm_zoo.models.video_vlm import video_marker
 
-from . import engine, flow, llava_original, ovis, ovis2_5, parity
+from . import engine, flow, ovis, ovis2_5, parity
+from .edits import FillRows
 from .engine import ConversionError, Table, Target, TensorInfo
 from .flow import Source
 from .ovis import IMAGE_TOKEN
 
+
+logger = logging.getLogger(__name__)
 
 # How transformers' processor writes the tokens of an image.
 ATOM, INDICATORS = "<IMG_ATOM>", ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
@@ -161,9 +166,23 @@ def zoo_processor(
     return ZooVetProcessor(
         ZooImageProcessor(**pixels, do_center_crop=False, max_tiles=config.max_tiles),
         tokenizer,
-        chat_template=find_template(tokenizer, image_token, template, video_marker(tokenizer))[0],
+        chat_template=chat_template(tokenizer, image_token, template),
         **ZooVetProcessor.fields_from(config),
     )
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, image_token: str, template: str | None) -> str | None:
+    """See `find_template`; a tokenizer that allows none is a warning."""
+    try:
+        return find_template(tokenizer, image_token, template, video_marker(tokenizer))[0]
+    except ChatTemplateError as error:
+        logger.warning("The processor has no chat template. %s", error)
+        return None
+
+
+def response_tokens_of(processor: ZooVetProcessor) -> list[int] | None:
+    """What opens an answer, where there is a chat template."""
+    return processor.chat_template and response_tokens(processor.tokenizer, processor.chat_template)
 
 
 def one_placeholder(input_ids: torch.Tensor, indicator_ids: Iterable[int], image_token_id: int) -> torch.Tensor:
@@ -279,7 +298,7 @@ def _open_transformers(
     if processor is not None:
         processor.image_seq_length = tokens_of_view(config)  # old files leave it to the model
         zoo = _zoo_processor_of(processor, upstream_config, config)
-        config.response_token_ids = response_tokens(zoo.tokenizer, zoo.chat_template)
+        config.response_token_ids = response_tokens_of(zoo)
     return Source(
         name=name,
         kind="ovis2",
@@ -332,7 +351,7 @@ def _open_upstream(
         height, width = pair(config.vision_config.image_size)
         settings = {**flow.pixel_settings(pixels), "size": {"height": height, "width": width}}
         zoo = zoo_processor(tokenizer, IMAGE_TOKEN, config, None, **settings, do_pad_to_square=True)
-        config.response_token_ids = response_tokens(zoo.tokenizer, zoo.chat_template)
+        config.response_token_ids = response_tokens_of(zoo)
     target = flow.zoo_target(ZooVetForConditionalGeneration, config, flow.IGNORED)
     prepared = ovis.apart(tensors)
     shapes, edits = _grown_vocabulary(config, had, target)
@@ -368,7 +387,7 @@ def _open_native(name: str, folder: Path, raw_config: dict, homes: Mapping[str, 
         processor = ovis2_5.OriginalProcessor(tokenizer, pixels, config)
         settings = {**flow.pixel_settings(pixels), **ovis2_5.patch_settings(config)}
         zoo = zoo_processor(tokenizer, IMAGE_TOKEN, config, None, **settings)
-        config.response_token_ids = response_tokens(zoo.tokenizer, zoo.chat_template)
+        config.response_token_ids = response_tokens_of(zoo)
     target = ovis2_5.without_mergers(flow.zoo_target(ZooVetForConditionalGeneration, config))
     prepared = ovis2_5.together(tensors, config)
     shapes, edits = _grown_vocabulary(config, had, target)
@@ -406,7 +425,7 @@ def _grown_vocabulary(config: ZooVetConfig, had: int, target: Target) -> tuple[d
         with torch.device("meta"):
             vocabulary = ZooVetForConditionalGeneration(config)._tied_weights_keys.items()
         for key in (key for both in vocabulary for key in both):
-            shapes[key], edits[key] = (had, *target.wanted[key][1:]), llava_original.grow(rows)
+            shapes[key], edits[key] = (had, *target.wanted[key][1:]), FillRows(rows)
     return shapes, edits
 
 
@@ -592,13 +611,13 @@ def random_rows(config: ZooVetConfig, atom: int, indicators: tuple[int, ...]) ->
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCRIPT = flow.Script("vet", open_source, prove, ("tokenizer", "image_processor", "max_tiles"))
-convert, verify = SCRIPT.convert, SCRIPT.verify
+SCRIPT = flow.Script("vet", open_source, prove, ("tokenizer", "image_processor", "max_tiles"), ZooVetConfig)
+convert, verify, reverse = SCRIPT.convert, SCRIPT.verify, SCRIPT.reverse
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 0 only when everything was read, written and checked."""
-    parser = engine.command_line("conversion.vet", __doc__, reverse=False)
+    parser = engine.command_line("conversion.vet", __doc__)
     parser.add_argument("--max-tiles", type=int, help="tiles of an image, at most; by default the source's, or 9")
     return engine.run(parser, SCRIPT.job, arguments)
 

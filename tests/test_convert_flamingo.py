@@ -743,12 +743,6 @@ def test_a_dry_run_shows_the_key_map_and_writes_nothing(idefics_folder, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_way_back_is_offered_where_there_is_none(capsys):
-    with pytest.raises(SystemExit):
-        flamingo.main(["zoo", "back", "--reverse"])
-    assert "unrecognized arguments: --reverse" in capsys.readouterr().err
-
-
 def test_the_zoo_builds_what_a_conversion_writes(converted):
     model, info = ZooFlamingoForConditionalGeneration.from_pretrained(converted, output_loading_info=True)
     assert not any(info.values()) and model.config.feed_forward_without_media

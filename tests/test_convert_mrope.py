@@ -698,9 +698,3 @@ def test_a_dry_run_shows_the_key_map_and_writes_nothing(sources, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "visual.merger.ln_q.weight -> model.connector.merger.norm.weight  float32[24]" in shown
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_way_back_is_not_offered_yet(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        mrope.main([str(tmp_path), str(tmp_path / "back"), "--reverse"])
-    assert "--reverse" in capsys.readouterr().err
