@@ -574,6 +574,7 @@ def write_converted(
 def describe_plan(source: Mapping[str, TensorInfo], plan: Plan) -> str:
     """The key map as text, one line a tensor."""
     notes = {name: "  (new)" for name in plan.names if source[name].value is not None}
+    notes |= {name: "  (merged)" for name in plan.names if source[name].combine is not None}
     notes |= {**dict.fromkeys(plan.dropped, "  (kept aside)"), **dict.fromkeys(plan.tied, "  (tied)")}
     return "\n".join(
         f"{name} -> {renamed}  {str(source[name].dtype).removeprefix('torch.')}{list(source[name].shape)}"

@@ -16,7 +16,8 @@ Where a format and the zoo differ, the config says so and the numbers stay the s
     The feed-forward of the gated blocks runs on tokens that see no image too: `feed_forward_without_media`.
     IDEFICS keeps the tokens that it adds in tables of their own; here they are the last rows of one table.
     IDEFICS takes a mask that says which token sees which images. Its processor lets a token see the last image before
-    it, as the zoo does; after an end of sequence, which its processor lets see nothing, it sees that image still.
+    it, as the zoo does by itself; after an end of sequence its processor lets a token see nothing, where the zoo's
+    model, without that mask, still sees that image. The converted model takes the mask and the padded images too.
 """
 
 import copy

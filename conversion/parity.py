@@ -121,13 +121,15 @@ def compare(stage: str, source: torch.Tensor, zoo: torch.Tensor, tolerance: floa
     if source.shape != zoo.shape:
         return {**row, "zoo_shape": list(zoo.shape), "max_abs_diff": None, "mean_abs_diff": None, "equal": False}
     difference = (source.double() - zoo.double()).abs()
-    limit = tolerance * max(1.0, source.abs().max().item())
+    peak = source.abs().max().item()
+    limit = tolerance * max(1.0, peak)
     largest, mean = difference.max().item(), difference.mean().item()
     finite = math.isfinite(largest)
     return {
         **row,
         "max_abs_diff": largest if finite else None,
         "mean_abs_diff": mean if finite else None,
+        "max_abs_value": peak,
         "limit": limit,
         "equal": finite and largest <= limit,
     }

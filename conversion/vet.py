@@ -13,7 +13,8 @@ SRC is a folder or a hub id in one of these formats:
 Where a format and the zoo differ, the config says so and the numbers stay the source's:
 
     transformers' Ovis2 passes the tower's last norm, AIDC-AI's code does not: `tower_norm`.
-    Indicators have ids of their own upstream; here they are placeholders of their image.
+    Indicators have ids of their own upstream; here they are placeholders of their image. A model from transformers'
+    format takes both: `indicator_token_ids`.
     AIDC-AI's code has no image token: one is added behind the vocabulary, with the mean embedding where the model has
     no row.
     When Ovis 1.6 was written, Gemma 2 multiplied the embeddings of images too: that factor is part of the table here,
@@ -110,6 +111,7 @@ def zoo_config(source: Ovis2Config, max_tiles: int | None = None, tied: bool | N
         num_prefix_tokens=0,
         visual_vocab_size=vision.vocab_size,
         num_visual_indicators=vision.num_visual_indicator_tokens,
+        indicator_token_ids=list(source.visual_indicator_token_ids),
         hidden_stride=vision.hidden_stride,
         tokenize_function=vision.tokenize_function,
         tower_norm=True,
@@ -486,15 +488,19 @@ class UpstreamOvis2(nn.Module):
 
 
 class UpstreamTower(nn.Module):
-    """An Ovis2's tower up to its last norm, with a place for the hidden states that it does not return."""
+    """An Ovis2's tower with its last norm, and a place for the hidden states that it does not return."""
 
     def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower = tower
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        last = self.tower.encoder(self.tower.embeddings(pixel_values)).last_hidden_state
-        return BaseModelOutputWithPooling(last, hidden_states=(*[None] * len(self.tower.encoder.layers), last))
+        return normed(self.tower(pixel_values).last_hidden_state, len(self.tower.encoder.layers))
+
+
+def normed(last: torch.Tensor, depth: int) -> BaseModelOutputWithPooling:
+    """What a tower of so many layers hands on, where that is not a hidden state but normed, `float[P, N, Dv]`."""
+    return BaseModelOutputWithPooling(last, hidden_states=(*[None] * depth, last))
 
 
 class ZooStages(nn.Module):
@@ -505,10 +511,15 @@ class ZooStages(nn.Module):
         super().__init__()
         self.zoo, self.model, self.generation_config = zoo, zoo.model, zoo.generation_config
         self.own_ids = (atom, *indicators)
+        if zoo.config.tower_norm:
+            self.model = nn.Module()
+            self.model.vision_tower = nn.Identity()  # passes on what the features are made of
 
     def get_image_features(self, return_dict=True, **images) -> BaseModelOutputWithPooling:
-        _, groups, _ = self.model.look(**self.images(**images))
-        return BaseModelOutputWithPooling(pooler_output=[self.model.connector(groups)])
+        outputs, groups, _ = self.zoo.model.look(**self.images(**images))
+        if self.zoo.config.tower_norm:
+            self.model.vision_tower(normed(outputs.last_hidden_state, *self.zoo.config.feature_layers))
+        return BaseModelOutputWithPooling(pooler_output=[self.zoo.model.connector(groups)])
 
     def images(self, pixel_values, image_sizes=None, image_grid_thw=None) -> dict[str, torch.Tensor]:
         """What the zoo's model takes of images."""

@@ -195,6 +195,145 @@ def test_the_mask_made_for_idefics_is_that_of_its_own_processor(idefics_folder):
     assert torch.equal(made["image_attention_mask"], batch["image_attention_mask"])
 
 
+# --- IDEFICS' own inputs ---------------------------------------------------------------------------------------------
+
+END = 2  # of a sequence
+
+
+@pytest.fixture(scope="module")
+def both():
+    source = idefics()
+    return source, flamingo.zoo_from_transformers(source)
+
+
+def documents():
+    """A row of two documents and a shorter one; what follows an end of sequence sees no image until the next."""
+    rows = [[5, IMAGE, 6, 7, END, 8, 9, IMAGE, 10, 11], [IMAGE, 12, IMAGE, 13, END, 14]]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    text = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    pixels = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    images = flamingo.idefics_inputs(ids, pixels, IMAGE)
+    images["image_attention_mask"][0, 5:7] = 0
+    images["image_attention_mask"][1, -1] = 0
+    return text, images
+
+
+@torch.no_grad()
+def test_padded_images_and_their_mask_give_the_same_numbers_as_images_in_a_row(both):
+    text, pixels = ragged_batch()
+    images = flamingo.idefics_inputs(text["input_ids"], pixels, IMAGE)
+    expected = both[1](**text, pixel_values=pixels).logits
+    assert torch.equal(both[1](**text, **images).logits, expected)
+    assert torch.equal(both[1](**text, pixel_values=images["pixel_values"]).logits, expected)
+
+
+@torch.no_grad()
+def test_after_an_end_of_sequence_the_mask_may_hide_images(both):
+    text, images = documents()
+    expected, found = (model(**text, **images).logits for model in both)
+    there = text["attention_mask"].bool()
+    assert (expected - found)[there].abs().max() <= TOLERANCE
+    without = both[1](**text, pixel_values=images["pixel_values"]).logits
+    assert (without - found)[:, -1].abs().amax(dim=-1).min() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("batch", [ragged_batch, documents])
+def test_idefics_own_inputs_generate_its_text(batch, options, both):
+    text, images = batch()
+    if isinstance(images, torch.Tensor):
+        images = flamingo.idefics_inputs(text["input_ids"], images, IMAGE)
+    if "num_return_sequences" in options:
+        options = {**options, "num_beams": 2}
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [IMAGE], "eos_token_id": 119, **options}
+    expected, found = (model.generate(**text, **images, **options) for model in both)
+    assert torch.equal(expected, found)
+
+
+def test_an_answer_goes_on_from_a_cache_under_the_mask_of_the_whole_prompt(both):
+    text, images = documents()
+    options = {"do_sample": False, "eos_token_id": 119, "return_dict_in_generate": True}
+    first = both[1].generate(**text, **images, max_new_tokens=2, **options)
+    more = torch.cat((first.sequences, torch.tensor([[15, 16], [17, 18]])), dim=1)
+    seen = torch.cat((text["attention_mask"], torch.ones(2, 4, dtype=torch.long)), dim=1)
+    again = {"input_ids": more, "attention_mask": seen, **images, "max_new_tokens": 4, **options}
+    expected = both[1].generate(**again).sequences
+    assert torch.equal(both[1].generate(**again, past_key_values=first.past_key_values).sequences, expected)
+
+
+@torch.no_grad()
+def test_a_loop_of_ones_own_may_hand_the_last_row_of_the_mask_on(both):
+    zoo, (text, images) = both[1], documents()
+    ids, mask = text["input_ids"], images["image_attention_mask"]
+    out = zoo(**text, **images, use_cache=True)
+    token = torch.tensor([[20], [21]])
+    step = zoo(
+        token,
+        attention_mask=torch.nn.functional.pad(text["attention_mask"], (0, 1), value=1),
+        image_attention_mask=mask[:, -1:],
+        past_key_values=out.past_key_values,
+        carry=out.carry,
+    )
+    whole = zoo(
+        torch.cat((ids, token), dim=1),
+        attention_mask=torch.nn.functional.pad(text["attention_mask"], (0, 1), value=1),
+        **images,
+    )
+    torch.testing.assert_close(step.logits[:, -1], whole.logits[:, -1], atol=1e-5, rtol=0)
+
+
+def test_text_with_blank_images_alone_is_text(both):
+    ids = torch.arange(3, 40)[None]
+    blank = {"pixel_values": torch.zeros(1, 1, 3, SIZE, SIZE), "image_attention_mask": torch.zeros(1, 37, 1).long()}
+    with torch.no_grad():
+        assert torch.equal(both[1](ids, **blank).logits, both[1](ids).logits)
+    generated = both[1].generate(input_ids=ids, **blank, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, both[1].generate(input_ids=ids, max_new_tokens=3, do_sample=False))
+
+
+def padded(edit):
+    """The text and images of `documents`, after a damage."""
+    text, images = documents()
+    edit(images)
+    return {**text, **images}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda images: images["image_attention_mask"][0, 8].copy_(torch.tensor([1, 0])),
+            r"token 8 of row 0 .* \[0\]",
+        ),
+        (lambda images: images["image_attention_mask"][0, 3].zero_(), r"token 3 of row 0 .* \[\] of .* \[0\]"),
+        (lambda images: images["image_attention_mask"][1, 6].fill_(1), r"token 6 of row 1 .* \[0, 1\]"),
+        (lambda images: images.update(image_attention_mask=images["image_attention_mask"][:1]), r"\[1, 10, 2\]"),
+        (lambda images: images.update(pixel_values=images["pixel_values"][:, :1]), "Row 0 has 2 image tokens"),
+        (lambda images: images.update(pixel_values=images["pixel_values"][:1]), "holds 1 rows of images"),
+        (lambda images: images.pop("pixel_values"), "pixel_values is missing"),
+        (lambda images: images.update(image_grid_thw=torch.tensor([[1, 1, 1]] * 4)), "image_grid_thw"),
+    ],
+)
+def test_a_mask_or_images_that_say_otherwise_than_the_image_tokens_are_refused(edit, message, both):
+    with pytest.raises(ValueError, match=message):
+        both[1](**padded(edit))
+
+
+def test_images_beyond_the_image_tokens_must_be_blank_or_masked(both):
+    text, pixels = ragged_batch()
+    images = flamingo.idefics_inputs(text["input_ids"], pixels, IMAGE)
+    images["pixel_values"][1, 1:] = 1.0
+    with torch.no_grad():
+        expected = both[1](**text, pixel_values=pixels).logits
+        assert torch.equal(both[1](**text, **images).logits, expected)
+    with pytest.raises(ValueError, match="Row 1 has 1 image tokens"):
+        both[1](**text, pixel_values=images["pixel_values"])
+
+
+# --- models in memory ------------------------------------------------------------------------------------------------
+
+
 def test_the_model_in_memory_shares_no_weight_with_its_source():
     source = idefics()
     zoo = flamingo.zoo_from_transformers(source)
@@ -235,6 +374,21 @@ def test_an_idefics_of_version_4_gives_its_logits(tmp_path):
     inputs = {"input_ids": oracle["in.input_ids"], "pixel_values": oracle["in.pixel_values"][0]}
     assert report["passed"] and report["image_sensitivity"] > 1e-2
     assert oracle_difference("hf457_idefics", tmp_path / "zoo", **inputs) <= TOLERANCE
+
+
+def test_an_idefics_of_version_4_takes_its_own_inputs(tmp_path):
+    home = ORACLES / "hf457_idefics"
+    inputs = {
+        name.removeprefix("in."): tensor
+        for name, tensor in load_file(home / "oracle.safetensors").items()
+        if name.startswith("in.")
+    }
+    flamingo.convert(home, tmp_path / "zoo", verify=False)
+    assert oracle_difference(home.name, tmp_path / "zoo", **inputs) <= TOLERANCE
+    source = IdeficsForVisionText2Text.from_pretrained(home / "ckpt", attn_implementation="eager")
+    zoo = AutoModelForImageTextToText.from_pretrained(tmp_path / "zoo", attn_implementation="eager")
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [zoo.config.image_token_id]}
+    assert torch.equal(source.generate(**inputs, **options), zoo.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("save", ["", "checkpoint.pt", "full.pt"])

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -26,7 +27,7 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProce
 from conversion import engine, ovis, parity, vet
 from conversion.engine import ConversionError
 from conversion.vet import one_placeholder, zoo_config, zoo_from_transformers
-from vlm_zoo.models.vet import ZooVetForConditionalGeneration, ZooVetProcessor
+from vlm_zoo.models.vet import ZooVetConfig, ZooVetForConditionalGeneration, ZooVetProcessor
 from vlm_zoo.testing.tiny import tiny_tokenizer
 
 
@@ -123,6 +124,82 @@ def test_greedy_text_is_that_of_ovis2():
     ours = zoo.generate(one_placeholder(ids, INDICATORS, IMAGE), pixel_values=views, **options)
     theirs = model.generate(input_ids=ids, pixel_values=views, **options)
     assert torch.equal(ours[:, ids.shape[1] :], theirs[:, ids.shape[1] :])
+
+
+def test_ids_and_flat_views_of_ovis2_give_its_logits():
+    model = ovis2()
+    zoo = zoo_from_transformers(model)
+    ids, views = rows(4), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found, expected = (each(input_ids=ids, pixel_values=views).logits for each in (zoo, model))
+        own = zoo(one_placeholder(ids, INDICATORS, IMAGE), pixel_values=views).logits
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize("max_tiles", [None, 4])
+def test_flat_views_of_tiled_images_give_the_logits_of_ovis2(max_tiles):
+    model = ovis2()
+    zoo = zoo_from_transformers(model, max_tiles=max_tiles)
+    inputs = {"input_ids": rows(4, tiles=True), "pixel_values": torch.randn(10, 3, 16, 16)}
+    with torch.no_grad():
+        assert (zoo(**inputs).logits - model(**inputs).logits).abs().max() <= TOLERANCE
+
+
+@torch.no_grad()
+def test_embedded_ids_of_ovis2_give_its_logits():
+    model = ovis2()
+    zoo = zoo_from_transformers(model)
+    ids, views = rows(4), torch.randn(2, 3, 16, 16)
+    embeds = zoo.get_input_embeddings()(ids)
+    expected = zoo(ids, pixel_values=views).logits
+    assert torch.equal(zoo(inputs_embeds=embeds, pixel_values=views).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}],
+    ids=str,
+)
+def test_ids_and_flat_views_of_ovis2_generate_its_text(options):
+    model = ovis2()
+    zoo = zoo_from_transformers(model)
+    inputs = {"input_ids": rows(4, tiles=True), "pixel_values": torch.randn(10, 3, 16, 16)}
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [IMAGE], **options}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(zoo.generate(**inputs, **options), expected)
+    in_chunks = zoo.generate(**inputs, **options, prefill_chunk_size=5) if not options.get("num_beams") else expected
+    assert torch.equal(in_chunks, expected)
+
+
+def test_an_answer_goes_on_from_a_cache_with_ids_of_ovis2():
+    zoo, ids, views = zoo_from_transformers(ovis2()), rows(4), torch.randn(2, 3, 16, 16)
+    options = {"do_sample": False, "eos_token_id": 319, "return_dict_in_generate": True}
+    first = zoo.generate(ids, pixel_values=views, max_new_tokens=2, **options)
+    more = torch.cat((first.sequences, torch.tensor([[15, 16], [17, 18]])), dim=1)
+    again = {"inputs": more, "pixel_values": views, "max_new_tokens": 4, **options}
+    expected = zoo.generate(**again).sequences
+    assert torch.equal(zoo.generate(**again, past_key_values=first.past_key_values).sequences, expected)
+
+
+@torch.no_grad()
+def test_ids_of_indicators_are_words_in_text_alone():
+    model = ovis2()
+    zoo, ids = zoo_from_transformers(model), torch.tensor([[5, START, 6, COLUMN, 7]])
+    assert (zoo(ids).logits - model(ids).logits).abs().max() <= TOLERANCE
+
+
+def test_ids_of_indicators_beside_too_few_patches_are_refused():
+    zoo, ids = zoo_from_transformers(ovis2()), rows(4)
+    with pytest.raises(ValueError, match="row 0 holds 3 image tokens"):
+        zoo(ids[:1, [0, 1, 2, 3, 4, 5, 7, 8]], pixel_values=torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3, 4], [1, 2, 3, 4, 4], [1, 2, 3, 4, IMAGE]])
+def test_every_indicator_has_an_id_of_its_own_or_none_has(ids):
+    fields = zoo_config(ovis2().config).to_dict()
+    with pytest.raises(StrictDataclassError, match="indicator_token_ids is"):
+        ZooVetConfig(**{**fields, "indicator_token_ids": ids})
 
 
 def test_sampled_words_are_those_of_ovis2():
@@ -259,6 +336,21 @@ def test_an_ovis2_of_version_4_gives_its_logits():
     difference = (logits - oracle["out.logits"]).abs().max().item()
     print(f"hf457_ovis2: {difference:.1e}")
     assert difference <= TOLERANCE
+
+
+def test_an_ovis2_of_version_4_takes_its_own_inputs(tmp_path):
+    home = ORACLES / "hf457_ovis2"
+    oracle = load_file(home / "oracle.safetensors")
+    inputs = {name.removeprefix("in."): tensor for name, tensor in oracle.items() if name.startswith("in.")}
+    vet.convert(home, tmp_path / "zoo", verify=False)
+    zoo = AutoModelForImageTextToText.from_pretrained(tmp_path / "zoo", attn_implementation="eager")
+    with torch.no_grad():
+        difference = (zoo(**inputs).logits - oracle["out.logits"]).abs().max().item()
+    print(f"hf457_ovis2 with its own ids: {difference:.1e}")
+    assert difference <= TOLERANCE
+    source = Ovis2ForConditionalGeneration.from_pretrained(home / "ckpt", attn_implementation="eager")
+    options = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [zoo.config.image_token_id]}
+    assert torch.equal(zoo.generate(**inputs, **options), source.generate(**inputs, **options))
 
 
 # --- folders and processors ------------------------------------------------------------------------------------------

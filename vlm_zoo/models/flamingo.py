@@ -16,6 +16,10 @@ model alone would give it; with `feed_forward_without_media=True` the feed-forwa
 OpenFlamingo and IDEFICS. One placeholder stands for an image or for a clip, whatever its number of frames. Clips of
 more frames than there are frame embeddings get interpolated ones, as in the paper's evaluation.
 
+IDEFICS' own inputs are taken too: images padded to as many in every row, and `image_attention_mask` beside them. The
+mask must say what the image tokens say, which decide without one. For itself it may say that tokens after an end of
+sequence, up to the next image, see none, as in a row of several documents; tokens that are generated go on so.
+
 The language model is wrapped without being renamed: its layers keep their names and their code, and a hook in front of
 every layer runs the block that belongs there. Keys and values of an image are computed once and travel as the carry.
 """
@@ -269,10 +273,10 @@ class FlamingoMedia(NamedTuple):
 
 
 class CachedPrefix(NamedTuple):
-    """A carry for a prompt whose beginning lies in the cache already: `bool[B, P]`, true at its placeholders. The
-    images of the prefix come along with those of the rest."""
+    """A carry for a prompt whose beginning `int[B, P]` lies in the cache already. The images of the prefix come along
+    with those of the rest."""
 
-    placeholders: torch.Tensor
+    input_ids: torch.Tensor
 
 
 class MediaStep(NamedTuple):
@@ -305,6 +309,21 @@ def media_mask(time: torch.Tensor, order: torch.Tensor, only_immediate: bool) ->
     """
     time, order = time[:, :, None], order[:, None, :]
     return (order > 0) & (order == time if only_immediate else order <= time)
+
+
+def documents_ended(placeholders: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """
+    Which tokens follow an end of sequence, with no image since.
+
+    Args:
+        placeholders, ends (`bool[B, T]`): true at image tokens, and at tokens that end a sequence.
+
+    Returns:
+        `bool[B, T]`
+    """
+    place = torch.arange(1, ends.shape[1] + 1, device=ends.device)
+    last_end = F.pad((place * ends).cummax(dim=1).values, (1, 0))[:, :-1]  # before a token, 0 for none
+    return last_end > (place * placeholders).cummax(dim=1).values
 
 
 def block_norm(config: ZooFlamingoConfig, width: int) -> nn.Module:
@@ -416,6 +435,7 @@ class ZooFlamingoModel(ZooModel):
     """Vision tower, resampler, language model, and blocks before some of its layers."""
 
     config: ZooFlamingoConfig
+    query_inputs = ("image_attention_mask",)
     _no_split_modules = ["PerceiverLayer", "FlamingoBlock", "MediaProjection"]
 
     def __init__(self, config: ZooFlamingoConfig):
@@ -445,6 +465,44 @@ class ZooFlamingoModel(ZooModel):
         elif isinstance(module, FlamingoBlock):
             init.constant_(module.attention_gate, self.config.gate_init)
             init.constant_(module.feed_forward_gate, self.config.gate_init)
+
+    def fit_images(self, vision_inputs, query_inputs, input_ids, inputs_embeds) -> dict[str, torch.Tensor]:
+        """
+        As in the frame; of `pixel_values` float[B, M, C, H, W] each row's first images are kept, as many as it has
+        image tokens.
+
+        Raises:
+            ValueError: a row has fewer images than image tokens, or more that are not blank although no
+                `image_attention_mask` says that no token sees them.
+        """
+        pixels = vision_inputs["pixel_values"]
+        if pixels.ndim != 5:
+            return vision_inputs
+        mask = self.placeholder_mask(input_ids, inputs_embeds)  # bool[B, T]
+        if "image_grid_thw" in vision_inputs:
+            raise ValueError(
+                f"pixel_values {list(pixels.shape)} are rows of images, image_grid_thw counts the frames of clips, "
+                "which follow each other as [R, C, H, W]: they belong to different batches."
+            )
+        if len(pixels) != len(mask):
+            raise ValueError(
+                f"pixel_values {list(pixels.shape)} holds {len(pixels)} rows of images, the text has {len(mask)} "
+                "rows: they belong to different batches."
+            )
+        counts = mask.sum(dim=1).to(pixels.device)
+        kept = torch.arange(pixels.shape[1], device=pixels.device) < counts[:, None]  # bool[B, M]
+        for row, count in enumerate(counts.tolist()):
+            if count > pixels.shape[1]:
+                raise ValueError(
+                    f"Row {row} has {count} image tokens, pixel_values {list(pixels.shape)} at most {pixels.shape[1]} "
+                    "images a row: images are missing, or the text is of another batch."
+                )
+            if "image_attention_mask" not in query_inputs and pixels[row, count:].any():
+                raise ValueError(
+                    f"Row {row} has {count} image tokens, but of its {pixels.shape[1]} images more are not blank: was "
+                    "the text truncated, or made without the processor?"
+                )
+        return {**vision_inputs, "pixel_values": pixels[kept]}
 
     @can_return_tuple
     def get_image_features(
@@ -495,17 +553,23 @@ class ZooFlamingoModel(ZooModel):
         The carry counts only beside a cache: without one every forward starts with the first token.
         """
         carry = None if context.past_key_values is None else context.carry
-        prefix = carry.placeholders if isinstance(carry, CachedPrefix) else None
+        prefix = carry.input_ids if isinstance(carry, CachedPrefix) else None
         carry = carry if isinstance(carry, FlamingoMedia) else None
         if features is None and carry is None:
+            hint = context.query_inputs.get("image_attention_mask")
+            if hint is not None and not torch.compiler.is_compiling() and hint.any():
+                raise ValueError(
+                    "image_attention_mask lets tokens see images, but there are none: pixel_values is missing, or "
+                    "beside a cache the carry of the step before."
+                )
             return {"inputs_embeds": inputs_embeds, "media": MediaStep(self.fusion.__call__)}, None
         rows, length = inputs_embeds.shape[:2]
         if features is None:
             time = carry.seen[:, None].expand(rows, length)
-            return self._step(inputs_embeds, time, carry)
+            return self._step(inputs_embeds, self._under_mask(time, carry, None, None, context), carry)
         mask = self.placeholder_mask(context.input_ids, inputs_embeds).to(inputs_embeds.device)  # bool[B, T]
         if prefix is not None:
-            mask = torch.cat((prefix.to(mask.device), mask), dim=1)
+            mask = torch.cat(((prefix == self.config.image_token_id).to(mask.device), mask), dim=1)
         expected = self.placeholders_of(features, context.vision_inputs)
         self.check_placeholders(mask, expected, whole_rows=context.past_key_values is None or prefix is not None)
         counts, time = mask.sum(dim=1), mask.cumsum(dim=1)[:, -length:]  # int[B], int[B, T]
@@ -523,7 +587,76 @@ class ZooFlamingoModel(ZooModel):
                 torch.cat((carry.order, torch.where(there, order + carry.seen[:, None], 0)), dim=1),
                 carry.seen + new.seen,
             )
-        return self._step(inputs_embeds, time, new)
+        return self._step(inputs_embeds, self._under_mask(time, carry, mask, prefix, context), new)
+
+    def _under_mask(
+        self,
+        time: torch.Tensor,
+        carry: FlamingoMedia | None,
+        placeholders: torch.Tensor | None,
+        prefix: torch.Tensor | None,
+        context: FuseContext,
+    ) -> torch.Tensor:
+        """
+        The time of every token, `int[B, T]`, under `image_attention_mask`, if there is one: 0 where it lets a token
+        see nothing after an end of sequence. Else it must say what the times say.
+
+        The last row of a mask that is shorter than the text holds on, as it does for tokens that are generated; of a
+        longer one the end counts. Its columns are the images of each row from the first one on. What padding sees is
+        not looked at.
+
+        Args:
+            time (`int[B, T]`): see `media_mask`.
+            carry: the images before the first of these tokens, if any.
+            placeholders (`bool[B, P + T]`): where images are, with the prefix; `None` without new images.
+            prefix (`int[B, P]`): the tokens before these that are in the cache, where its images come with these.
+
+        Raises:
+            ValueError: the mask lets a token see other images than its image tokens do.
+        """
+        mask = context.query_inputs.get("image_attention_mask")
+        if mask is None:
+            return time
+        rows, length = time.shape
+        if mask.ndim != 3 or len(mask) != rows:
+            raise ValueError(
+                f"image_attention_mask has shape {list(mask.shape)}, the text is {rows} rows of {length} tokens: "
+                "expected [B, T, M]."
+            )
+        ended, whole = torch.zeros_like(time, dtype=torch.bool), length
+        if placeholders is not None and context.input_ids is not None:
+            ids, whole = context.input_ids.to(time.device), placeholders.shape[1]
+            ids = ids if prefix is None else torch.cat((prefix.to(ids), ids), dim=1)
+            end = self.config.text_config.eos_token_id
+            ends = torch.isin(ids, torch.tensor([] if end is None else end, dtype=ids.dtype, device=ids.device))
+            ended = documents_ended(placeholders, ends)[:, -length:]
+        if carry is not None:  # its document may have ended before, and no image has come since
+            ended = ended | ((carry.order == 0).all(dim=1, keepdim=True) & (time == carry.seen[:, None]))
+        mask = mask.to(time.device).bool()
+        mask = torch.cat((mask, mask[:, -1:].expand(-1, max(0, whole - mask.shape[1]), -1)), dim=1)[:, -length:]
+        time = time.masked_fill(ended & ~mask.any(dim=-1), 0)
+        if not torch.compiler.is_compiling():
+            self._check_media_mask(mask, time, context.attention_mask)
+        return time
+
+    def _check_media_mask(self, mask: torch.Tensor, time: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Raises `ValueError` unless `bool[B, T, M]` is what image tokens say that came up to each token, `int[B, T]`;
+        see `_under_mask`."""
+        slots = max(mask.shape[2], int(time.max()))
+        order = torch.arange(1, slots + 1, device=time.device).expand(len(time), -1)
+        expected = media_mask(time, order, self.config.only_immediate_media)
+        found = F.pad(mask, (0, slots - mask.shape[2]))
+        wrong = (found != expected).any(dim=-1)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            wrong &= attention_mask[:, -time.shape[1] :].to(wrong.device).bool()
+        if wrong.any():
+            row, token = wrong.nonzero()[0].tolist()
+            sees, should = (which[row, token].nonzero().flatten().tolist() for which in (found, expected))
+            raise ValueError(
+                f"image_attention_mask lets token {token} of row {row} see the images {sees} of its row; by its image "
+                f"tokens it sees {should}: was the mask made for another text, or for a model that looks at images "
+                "otherwise?"
+            )
 
     def fuse_nothing(self, inputs_embeds, blank, context):
         rows = len(inputs_embeds)
@@ -543,6 +676,8 @@ class ZooFlamingoModel(ZooModel):
         # Tokens that see nothing look at everything, so that no softmax is empty; what they find is thrown away.
         mask = (visible | ~sees).repeat_interleave(media.keys[0].shape[2] // visible.shape[2], dim=-1)[:, None]
         step = MediaStep(self.fusion.__call__, media.keys, media.values, mask, sees)
+        # Where the last token sees nothing though there are images, an end of sequence hides them from the next too.
+        media = media._replace(order=media.order.masked_fill(time[:, -1:] == 0, 0))
         return {"inputs_embeds": inputs_embeds, "media": step}, self._kept(media)
 
     def _kept(self, media: FlamingoMedia) -> FlamingoMedia:
@@ -581,10 +716,11 @@ class ZooFlamingoForConditionalGeneration(ZooForConditionalGeneration, Generatio
         if is_first_iteration and model_inputs.get("carry") is None and ids is not None:
             cached = input_ids.shape[1] - ids.shape[1]
             if cached > 0:  # the answer goes on from a cache: its images are needed again, their tokens are not
-                prefix = CachedPrefix(input_ids[:, :cached] == self.config.image_token_id)
-                if not holds_images(model_inputs) and prefix.placeholders.any():
+                prefix = CachedPrefix(input_ids[:, :cached])
+                placeholders = int((prefix.input_ids == self.config.image_token_id).sum())
+                if not holds_images(model_inputs) and placeholders:
                     raise ValueError(
-                        f"The cached beginning of the prompt holds {int(prefix.placeholders.sum())} image tokens, but "
+                        f"The cached beginning of the prompt holds {placeholders} image tokens, but "
                         "images are missing: the cache keeps the language model's keys and values alone, so give all "
                         "images of the prompt again, as pixel_values or mm_encoder_outputs."
                     )

@@ -50,6 +50,9 @@ VISION_INPUTS = (
 # What a processor may add about the prompt, for connectors that read it with a vocabulary of their own.
 QUERY_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
 
+# All that may come beside the prompt: also which of its tokens see which images, as a foreign processor says it.
+PROMPT_INPUTS = (*QUERY_INPUTS, "image_attention_mask")
+
 # The parts of a model that can be trained or frozen apart, and the parameter prefixes that belong to each.
 PARTS = {
     "vision": ("model.vision_tower.",),
@@ -264,11 +267,11 @@ class ZooModel(ZooPreTrainedModel):
 
     An architecture builds its connector as `self.connector` (and modules inside the language model as `self.fusion`)
     and writes `get_image_features`. It may write `build_tower`, `check_pixels`, `fuse`, `fuse_nothing`,
-    `placeholders_of`, `dummy_vision_inputs`, `token_places` and `fusion_maps`.
+    `fit_images`, `placeholders_of`, `dummy_vision_inputs`, `token_places` and `fusion_maps`.
     """
 
     _auto_class = "AutoModel"
-    query_inputs: tuple[str, ...] = ()  # those of QUERY_INPUTS that the architecture takes
+    query_inputs: tuple[str, ...] = ()  # those of PROMPT_INPUTS that the architecture takes
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
@@ -375,6 +378,24 @@ class ZooModel(ZooPreTrainedModel):
         height, width = pair(self.config.vision_config.image_size)
         channels = getattr(self.config.vision_config, "num_channels", 3)
         return {"pixel_values": torch.zeros(1, channels, height, width, device=self.device, dtype=self.dtype)}
+
+    def fit_images(
+        self,
+        vision_inputs: dict[str, torch.Tensor],
+        query_inputs: dict[str, torch.Tensor],
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """
+        What `get_image_features` is given, in a forward and by `generate`: by default the vision inputs as they are.
+        An architecture writes it where the prompt says how images are meant, as when rows are padded with blank ones.
+
+        Args:
+            vision_inputs: `pixel_values` and what belongs to them.
+            query_inputs: what came beside the prompt; see `PROMPT_INPUTS`.
+            input_ids, inputs_embeds: the prompt, one of the two.
+        """
+        return vision_inputs
 
     # --- fuse ----------------------------------------------------------------------------------------------------
 
@@ -524,6 +545,7 @@ class ZooModel(ZooPreTrainedModel):
         image_position_ids: torch.LongTensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         carry: Any = None,
@@ -538,6 +560,7 @@ class ZooModel(ZooPreTrainedModel):
             inputs_embeds (`float[B, T, Dt]`): instead of `input_ids`.
             qformer_input_ids, qformer_attention_mask (`int[B, L]`): the prompt of each row in the vocabulary of a
                 connector that has its own.
+            image_attention_mask (`int[B, T, M]`): which of its row's images a token sees, where they can be told.
             mm_encoder_outputs: `{"image": get_image_features(...)}` from an earlier call, instead of `pixel_values`.
             carry: the carry of the prefill, on decode steps.
 
@@ -557,13 +580,17 @@ class ZooModel(ZooPreTrainedModel):
             "image_position_ids": image_position_ids,
         }
         vision_inputs = {name: value for name, value in vision_inputs.items() if value is not None}
-        query_inputs = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        query_inputs = {
+            "qformer_input_ids": qformer_input_ids,
+            "qformer_attention_mask": qformer_attention_mask,
+            "image_attention_mask": image_attention_mask,
+        }
         query_inputs = {name: value for name, value in query_inputs.items() if value is not None}
         self._check_names(query_inputs, self.query_inputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        features = self._features(vision_inputs, mm_encoder_outputs)
+        features = self._features(vision_inputs, mm_encoder_outputs, query_inputs, input_ids, inputs_embeds)
         if features == []:  # an empty pixel_values says that there are no images, so there must be no placeholder
             self.check_placeholders(self.placeholder_mask(input_ids, inputs_embeds), [])
             features = None
@@ -596,7 +623,7 @@ class ZooModel(ZooPreTrainedModel):
             fusion_outputs=context.fusion_outputs,
         )
 
-    def _features(self, vision_inputs: dict[str, torch.Tensor], mm_encoder_outputs: dict | None):
+    def _features(self, vision_inputs, mm_encoder_outputs, query_inputs, input_ids, inputs_embeds):
         encoded = (mm_encoder_outputs or {}).get("image")
         if "pixel_values" not in vision_inputs:
             if vision_inputs:
@@ -607,7 +634,10 @@ class ZooModel(ZooPreTrainedModel):
         if len(vision_inputs["pixel_values"]) == 0:
             return []
         self._check_names(vision_inputs, self._vision_input_names)
-        return list(self.get_image_features(**vision_inputs, return_dict=True).pooler_output)
+        fitted = self.fit_images(vision_inputs, query_inputs, input_ids, inputs_embeds)
+        if len(fitted["pixel_values"]) == 0:
+            return []
+        return list(self.get_image_features(**fitted, return_dict=True).pooler_output)
 
     def _check_names(self, given: dict[str, torch.Tensor], known: list[str] | tuple[str, ...]) -> None:
         foreign = [name for name in given if name not in known]
@@ -681,6 +711,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         image_position_ids: torch.LongTensor | None = None,
         qformer_input_ids: torch.LongTensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        image_attention_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         carry: Any = None,
@@ -716,6 +747,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             image_position_ids=image_position_ids,
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
+            image_attention_mask=image_attention_mask,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             carry=carry,
@@ -774,7 +806,7 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*VISION_INPUTS, *QUERY_INPUTS, "mm_encoder_outputs"):
+            for name in (*VISION_INPUTS, *PROMPT_INPUTS, "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
         elif model_inputs.get("input_ids") is not None:
             if self.model.reads_prompt:
@@ -807,6 +839,17 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
         suppressed = {self.config.image_token_id, *(generation_config.suppress_tokens or [])}
         generation_config.suppress_tokens = sorted(suppressed)
         return generation_config, model_kwargs
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
+        """As in transformers; images are fitted to the prompt before they are seen."""
+        pixel_values, embeds = model_kwargs.get("pixel_values"), model_kwargs.get("inputs_embeds")
+        if pixel_values is not None and len(pixel_values) > 0:
+            given = {name: model_kwargs[name] for name in VISION_INPUTS if model_kwargs.get(name) is not None}
+            beside = {name: model_kwargs[name] for name in PROMPT_INPUTS if model_kwargs.get(name) is not None}
+            fitted = self.model.fit_images(given, beside, inputs_tensor if embeds is None else None, embeds)
+            others = {name: value for name, value in model_kwargs.items() if name not in VISION_INPUTS}
+            model_kwargs = {**others, **(fitted if len(fitted["pixel_values"]) > 0 else {})}
+        return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """As in transformers; a prompt that does not fit its images is refused before it is answered."""

@@ -33,7 +33,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vlm import ZooConfig, publish
 from .geometry_vlm import covering_grid
 from .layers import grid_places
-from .modeling_vlm import ZooForConditionalGeneration, ZooModel
+from .modeling_vlm import ZooForConditionalGeneration, ZooModel, holds_images
 from .native_vlm import (
     blank_patches,
     build_native_tower,
@@ -66,6 +66,11 @@ class ZooVetConfig(ZooConfig):
         Its last rows, which no patch becomes: 5 mark start, end of the whole picture, columns, rows and end of an
         image (Ovis 1.6 and 2), 4 start and end of an image, and of a clip (Ovis 2.5), 2 its start and end (Ovis 1), 0
         nothing. A clip is what has several patches in time.
+    indicator_token_ids (`list[int]`, *optional*):
+        Ids that may stand for the indicators in `input_ids`, in their order, as transformers' Ovis2 writes images.
+        Where they do, the image token stands for patches alone: views fill its places one after the other, and each
+        of these ids is looked up in the table. `None` where indicators are only placeholders of their image, as the
+        zoo's processor writes them in any case.
     hidden_stride (`int`):
         Edge of the square of neighbouring patches that become one token, side by side in its features. Patches are
         filled up with zeros at the bottom and at the right.
@@ -96,6 +101,7 @@ class ZooVetConfig(ZooConfig):
     vision_feature_layer: int | list[int] = -1
     visual_vocab_size: int = 16384
     num_visual_indicators: int = 5
+    indicator_token_ids: list[int] | None = None
     hidden_stride: int = 1
     tokenize_function: Literal["softmax", "gumbel_argmax", "st_argmax"] = "softmax"
     tau: float = 1.0
@@ -124,6 +130,12 @@ class ZooVetConfig(ZooConfig):
             raise ValueError(
                 f"visual_vocab_size {self.visual_vocab_size} leaves no visual word: {self.num_visual_indicators} of "
                 "its rows are indicators."
+            )
+        ids = self.indicator_token_ids
+        if ids is not None and len({self.image_token_id, *ids}) != self.num_visual_indicators + 1:
+            raise ValueError(
+                f"indicator_token_ids is {ids}, expected {self.num_visual_indicators} different ids, one for each "
+                f"indicator, none of them the image token ({self.image_token_id})."
             )
         if self.tau <= 0:
             raise ValueError(f"tau must be above 0, got {self.tau}.")
@@ -528,6 +540,7 @@ class ZooVetModel(ZooModel):
         pixel_values: torch.Tensor,
         image_sizes: torch.LongTensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        indicators: bool = True,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -536,19 +549,60 @@ class ZooVetModel(ZooModel):
         Args:
             pixel_values:
                 `float[I, C, H, W]`; with `max_tiles` `float[I, P, C, H, W]`, padded with blank views; at native
-                resolution `float[N, C * F * P * P]`, the patches of all images.
+                resolution `float[N, C * F * P * P]`, the patches of all images. Without `indicators`, views
+                `float[I, C, H, W]` do beside `max_tiles` too, which makes an image of each.
             image_sizes (`int[I, 2]`): height and width of the original images; tiles need them.
             image_grid_thw (`int[I, 3]`):
                 Patches of each image in time, height and width; native resolution needs them.
+            indicators: whether they are among the tokens; not where `indicator_token_ids` stand for them.
 
         Returns:
-            The tower's output with `pooler_output`: one `float[K, Dt]` for each image, indicators among them.
+            The tower's output with `pooler_output`: one `float[K, Dt]` for each image.
         """
+        config = self.config
+        if not indicators and config.max_tiles is not None and image_sizes is None and pixel_values.ndim == 4:
+            size = torch.tensor(pair(config.vision_config.image_size), device=pixel_values.device)
+            pixel_values, image_sizes = pixel_values[:, None], size.expand(len(pixel_values), 2)
         outputs, groups, images = self.look(pixel_values, image_sizes, image_grid_thw, **kwargs)
         tokens = self.connector(groups).split([image.views * image.tokens for image in images])
+        if not indicators:
+            outputs.pooler_output = list(tokens)
+            return outputs
         views = [own.unflatten(0, (image.views, -1)) for own, image in zip(tokens, images, strict=True)]
         outputs.pooler_output = self.connector.assemble(views, images)
         return outputs
+
+    def indicator_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`bool[B, T, indicators]`, true where an id of `indicator_token_ids` stands; without ids they are recognised
+        by their embedding. `None` where the config has no such ids, or none is there."""
+        if not self.config.indicator_token_ids:
+            return None
+        if input_ids is not None and input_ids.numel() > 0:
+            mask = input_ids[..., None] == torch.tensor(self.config.indicator_token_ids, device=input_ids.device)
+        else:
+            own = torch.tensor(self.config.indicator_token_ids, device=inputs_embeds.device)
+            mask = (inputs_embeds[..., None, :] == self.get_input_embeddings()(own)).all(-1)
+        return mask if mask.any() else None
+
+    def fit_images(self, vision_inputs, query_inputs, input_ids, inputs_embeds) -> dict[str, Any]:
+        """As in the frame; images come without indicators where these have ids of their own in the text."""
+        if self.indicator_mask(input_ids, inputs_embeds) is None:
+            return vision_inputs
+        return {**vision_inputs, "indicators": False}
+
+    def fuse(self, inputs_embeds, features, context):
+        """As in the frame; beside images, `indicator_token_ids` are looked up in the visual table, as Ovis does. In
+        text alone they are words."""
+        mask = None if features is None else self.indicator_mask(context.input_ids, inputs_embeds)
+        lm_inputs, carry = super().fuse(inputs_embeds, features, context)
+        if mask is not None:
+            embeds = lm_inputs["inputs_embeds"]
+            words = self.config.num_visual_words + mask.int().argmax(dim=-1).to(self.connector.table.weight.device)
+            rows = self.connector.table(words).to(embeds.device, embeds.dtype)  # float[B, T, Dt]
+            lm_inputs["inputs_embeds"] = torch.where(mask.any(-1, keepdim=True).to(embeds.device), rows, embeds)
+        return lm_inputs, carry
 
     def token_places(self, vision_inputs: dict[str, torch.Tensor], fusion_outputs: Any) -> list[torch.Tensor]:
         """As in the frame: places are laid out as tokens are; prefix tokens and indicators have none."""
@@ -610,6 +664,14 @@ class ZooVetForConditionalGeneration(ZooForConditionalGeneration, GenerationMixi
 
     config: ZooVetConfig
     base_model_class = ZooVetModel
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        """As in the frame; a chunk of a prompt could hold indicators of their own ids without any of their image, and
+        nothing would tell them from words."""
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if self.config.indicator_token_ids is not None and holds_images(model_kwargs):
+            generation_config.prefill_chunk_size = None
+        return generation_config, model_kwargs
 
     def visual_words(self, pixel_values: torch.Tensor, **kwargs) -> list[VisualWords]:
         """See the base model's `visual_words`."""
