@@ -8,9 +8,12 @@ A run that died goes on from there. `runs/detail/results.md` holds the tables of
 Pages. Every row of `emoji_detail` asks about one small coloured box, or about the large drawing, of its page. At the
 size of these models 26 pixels of drawing at any place of a patch are not learned in minutes, so the drawings are
 larger and the page is small: the boxes of a row (48 x 40 pixels, here 64 x 64) and its large drawing (here 112 x 112)
-are laid out anew on 256 x 256 pixels, at multiples of 16. A page has 256 native tokens; a box covers 16 of them.
+are laid out anew on 256 x 256 pixels, at multiples of 16. A page has 256 native tokens; a box covers 16 of them. A
+box is ruled in its colour, two pixels at the upper and left edge of every patch: without that no token in its middle
+knows the colour by which questions name it, and which box is meant is not learned.
 
-Base. All tokens, the `mrope` architecture: tiles, then a box alone, then a few boxes, then whole pages.
+Base. All tokens, the `mrope` architecture, several questions a page. Curriculum: one box or only its middle, then one
+or two of them, then a few, then whole pages.
 
 Policies. Each starts from the base, keeps tower and merger as they are, and trains the language model and what it
 has of its own for the same number of steps, every batch under another budget; each is asked at every budget.
@@ -33,12 +36,12 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -64,10 +67,12 @@ from vlm_zoo.models.arr_coc import (
 )
 from vlm_zoo.models.relevance_vlm import SCORERS
 from vlm_zoo.saving import writing_folder
-from vlm_zoo.training import LeanSFTTrainer, ZooDataCollator
+from vlm_zoo.training import LeanSFTTrainer
 
 
 CELL, SIDE, BOX, LARGE = 16, 16, 4, 7  # pixels of a cell; cells of a page, a box and the large drawing, a side
+RULE = 2  # pixels of the lines in a box
+SIDE_SHARE = 0.3  # of boxes of training that are asked for their side
 NATIVE = SIDE * SIDE
 BUDGETS = (16, 32, 64, 144, 200)
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -119,11 +124,21 @@ def cut_pages(rows) -> dict[str, dict]:
             meta, page = json.loads(row["meta"]), row["images"][0].convert("RGB")
             boxes = [page.crop(box["bbox"]) for box in meta["boxes"]]
             pages[page_id] = {
-                "boxes": [box.resize((BOX * CELL, BOX * CELL), Image.BICUBIC) for box in boxes],
+                "boxes": [ruled(box.resize((BOX * CELL, BOX * CELL), Image.BICUBIC)) for box in boxes],
                 "large": page.crop(meta["large"]["bbox"]).resize((LARGE * CELL, LARGE * CELL), Image.BICUBIC),
                 "background": page.getpixel((2, 2)),
             }
     return pages
+
+
+def ruled(box: Image.Image) -> Image.Image:
+    """A box with lines in the colour of its frame at the upper and left edges of its cells."""
+    box, colour = box.copy(), box.getpixel((RULE + 1, box.height // 2))
+    draw = ImageDraw.Draw(box)
+    for start in range(0, BOX * CELL, CELL):
+        draw.rectangle((start, 0, start + RULE - 1, BOX * CELL - 1), fill=colour)
+        draw.rectangle((0, start, BOX * CELL - 1, start + RULE - 1), fill=colour)
+    return box
 
 
 def asked_box(row: dict) -> int:
@@ -151,55 +166,38 @@ def free_place(used: list[list[bool]], size: int, randomness: random.Random) -> 
     return None
 
 
-def laid_out(
-    row: dict,
-    pages: dict[str, dict],
-    randomness: random.Random,
-    side: int = SIDE,
-    most_boxes: int = 6,
-    with_large: bool = True,
-) -> dict:
-    """
-    A row with its drawings on a page of its own.
-
-    Args:
-        pages: of `cut_pages`.
-        side: of the page, in cells.
-        most_boxes: of those of the row, the asked one among them.
-        with_large: whether the large drawing is there.
-    """
-    pieces, about_large = pages[row["id"].rpartition("-")[0]], row["task"] == "coarse_what"
-    others = list(range(len(pieces["boxes"])))
-    randomness.shuffle(others)
-    asked = None if about_large else asked_box(row)
-    order = [*([] if asked is None else [asked]), *(number for number in others if number != asked)][:most_boxes]
-    sizes = [*([(None, LARGE)] if with_large or about_large else []), *((number, BOX) for number in order)]
-    places = None
-    while places is None:
+def places_of(sizes: list[int], side: int, randomness: random.Random) -> list[tuple[int, int]]:
+    """Upper and left cell of squares of these sizes on a page of this side, none on top of another."""
+    while True:
         used = [[False] * side for _ in range(side)]
-        places = {}
-        for number, size in sizes:
-            place = free_place(used, size, randomness)
-            middle = place is not None and 2 * place[1] + BOX == side
-            if place is None or (row["task"] == "coarse_side" and number == asked and middle):
-                places = None
-                break
-            places[number] = place
-    page = Image.new("RGB", (side * CELL, side * CELL), pieces["background"])
-    for number, (top, left) in places.items():
-        page.paste(pieces["large"] if number is None else pieces["boxes"][number], (left * CELL, top * CELL))
+        places = [free_place(used, size, randomness) for size in sizes]
+        if None not in places:
+            return places
+
+
+def laid_out(row: dict, pages: dict[str, dict], randomness: random.Random) -> dict:
+    """A row with its drawings on a page of its own; `pages` are those of `cut_pages`."""
+    pieces, about_large = pages[row["id"].rpartition("-")[0]], row["task"] == "coarse_what"
+    asked = 0 if about_large else 1 + asked_box(row)
+    drawings = [pieces["large"], *pieces["boxes"]]
+    sizes = [LARGE, *[BOX] * len(pieces["boxes"])]
+    places = places_of(sizes, SIDE, randomness)
+    while row["task"] == "coarse_side" and 2 * places[asked][1] + BOX == SIDE:  # neither left nor right
+        places = places_of(sizes, SIDE, randomness)
+    page = Image.new("RGB", (SIDE * CELL, SIDE * CELL), pieces["background"])
+    for drawing, (top, left) in zip(drawings, places, strict=True):
+        page.paste(drawing, (left * CELL, top * CELL))
     top, left = places[asked]
-    size = LARGE if asked is None else BOX
-    page.info["asked"] = (top, left, top + size, left + size)  # in cells
+    page.info["asked"] = (top, left, top + sizes[asked], left + sizes[asked])  # in cells
     answer = row["answer"]
     if row["task"] == "coarse_side":
-        answer = "left" if 2 * left + BOX < side else "right"
+        answer = "left" if 2 * left + BOX < SIDE else "right"
     question, _ = row["messages"]
     messages = [question, {"role": "assistant", "content": answer}]
     return {**row, "images": [page], "answer": answer, "messages": messages}
 
 
-@lru_cache
+@cache
 def split_of(split: str) -> tuple:
     """The rows of `emoji_detail` without their images, and its pages."""
     rows = load_dataset(str(data.path("emoji_detail")), split=split)
@@ -212,20 +210,184 @@ def rows_of(split: str, tasks: tuple[str, ...]):
 
 
 @dataclass
-class PageCollator(ZooDataCollator):
-    """The zoo's collator over pages that are laid out anew each time, under another budget each batch."""
+class Layout:
+    """
+    What a page of training looks like.
 
-    layouts: list[dict] = field(default_factory=lambda: [{}])
+    side: of the page, in cells.
+    boxes: how many it has, one of these numbers.
+    with_large, with_numbers: whether the large drawing, and boxes with numbers, are there.
+    questions: about a page, at most.
+    cropped: share of boxes of which only the middle is there.
+    """
+
+    side: int = SIDE
+    boxes: tuple[int, ...] = (3, 4, 5, 6)
+    with_large: bool = True
+    with_numbers: bool = True
+    questions: int = 1
+    cropped: float = 0.0
+
+
+@dataclass
+class Page:
+    """
+    A page of training.
+
+    patches: `float[side * side, 3 * 16 * 16]`.
+    turns: questions and answers.
+    asked: upper, left, lower and right cell of what the first question is about.
+    """
+
+    patches: torch.Tensor
+    turns: list[tuple[str, str]]
+    side: int
+    asked: tuple[int, int, int, int]
+
+
+class PageBank:
+    """
+    Pages of training, put together from drawings that were cut into patches once, and from the questions of the data.
+
+    A page that is drawn, cut into patches and rendered as a conversation anew costs as much as the model's step.
+    """
+
+    def __init__(self, processor, split: str = "train"):
+        self.processor = processor
+        rows, pages = split_of(split)
+        self.boxes, self.large, self.questions = {}, [], {}
+        for number, row_id in enumerate(rows["id"]):
+            row, page = rows[number], pages[row_id.rpartition("-")[0]]
+            meta = json.loads(row["meta"])
+            if row_id.endswith("-0"):
+                self.large.append((meta["large"]["name"], self.cut(page["large"]), self.background(page)))
+                for box, drawing in zip(meta["boxes"], page["boxes"], strict=True):
+                    self.boxes.setdefault(box["color"], []).append((box["kind"], box["value"], self.cut(drawing)))
+            question = row["question"]
+            if row["task"] != "coarse_what":
+                box = meta["boxes"][asked_box(row)]
+                question = question.replace(box["value" if row["task"] == "search_color" else "color"], "{}")
+            self.questions.setdefault(row["task"], set()).add(question)
+        self.questions = {task: sorted(questions) for task, questions in self.questions.items()}
+
+    def cut(self, drawing: Image.Image) -> torch.Tensor:
+        """A drawing as `float[rows, columns, 3 * 16 * 16]`."""
+        pixels = self.processor.image_processor([drawing], return_tensors="pt")
+        return pixels["pixel_values"].unflatten(0, (drawing.height // CELL, drawing.width // CELL))
+
+    def background(self, page: dict) -> torch.Tensor:
+        return self.cut(Image.new("RGB", (BOX * CELL, BOX * CELL), page["background"]))[0, 0]
+
+    def page(self, layout: Layout, randomness: random.Random) -> Page:
+        """A random page."""
+        boxes, known = [], set()
+        for colour in randomness.sample(COLOURS, randomness.choice(layout.boxes)):
+            kind, value, patches = randomness.choice(self.boxes[colour])
+            while value in known or (kind == "number" and not layout.with_numbers):
+                kind, value, patches = randomness.choice(self.boxes[colour])
+            known.add(value)
+            boxes.append((colour, kind, value, patches))
+        name, large, background = randomness.choice(self.large)
+        sizes = [*[BOX] * len(boxes), *([LARGE] if layout.with_large else [])]
+        places = places_of(sizes[::-1], layout.side, randomness)[::-1]
+        cells, turns = background.expand(layout.side, layout.side, -1).clone(), []
+        for (colour, kind, value, patches), (top, left) in zip(boxes, places[: len(boxes)], strict=True):
+            edge = 1 if randomness.random() < layout.cropped else 0
+            inner = slice(edge, BOX - edge)
+            cells[top : top + BOX, left : left + BOX][inner, inner] = patches[inner, inner]
+            place = (top, left, top + BOX, left + BOX)
+            asked = [("detail_number", colour, value)]
+            if kind == "object":
+                asked = [("detail_what", colour, value), ("search_color", value, colour)]
+            if 2 * left + BOX != layout.side and randomness.random() < SIDE_SHARE:
+                asked.append(("coarse_side", colour, "left" if 2 * left + BOX < layout.side else "right"))
+            turns += [(self.ask(task, about, randomness), says, place) for task, about, says in asked]
+        if layout.with_large:
+            top, left = places[-1]
+            cells[top : top + LARGE, left : left + LARGE] = large
+            place = (top, left, top + LARGE, left + LARGE)
+            turns.append((self.ask("coarse_what", "", randomness), name, place))
+        randomness.shuffle(turns)
+        turns = turns[: layout.questions]
+        return Page(cells.flatten(0, 1), [turn[:2] for turn in turns], layout.side, turns[0][2])
+
+    def ask(self, task: str, about: str, randomness: random.Random) -> str:
+        return randomness.choice(self.questions[task]).format(about)
+
+    @cache  # noqa: B019
+    def turn(self, question: str, answer: str, is_first: bool) -> tuple[list[int], list[int], int]:
+        """Ids and labels of a turn, and the place of its image, which is left out."""
+        image = Image.new("RGB", (2 * CELL, 2 * CELL))
+        opening = [
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "!"}]},
+        ]
+        asked = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        if is_first:
+            answered[0]["content"].insert(0, opening[0]["content"][0])
+            ids, labels = self.render(answered)
+            place = ids.index(self.processor.image_token_id)
+            keep = [number for number, token in enumerate(ids) if token != self.processor.image_token_id]
+            return [ids[number] for number in keep], [labels[number] for number in keep], place
+        (ids, labels), before = self.render([*opening, *answered]), len(self.render(opening)[0])
+        return ids[before:], labels[before:], 0
+
+    def render(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Ids of a conversation, and labels, which only answers have."""
+        batch = self.processor.apply_chat_template(
+            [messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"add_special_tokens": False},
+        )
+        (ids,), (is_answer,) = batch["input_ids"], batch["assistant_masks"]
+        return list(ids), [token if own else -100 for token, own in zip(ids, is_answer, strict=True)]
+
+    def batch(self, pages: list[Page], tokens: int | None = None) -> dict[str, torch.Tensor]:
+        """
+        Pages as a model takes them.
+
+        Args:
+            pages: of a batch.
+            tokens: of a page; by default all.
+        """
+        rows = []
+        for page in pages:
+            ids, labels = [], []
+            for number, (question, says) in enumerate(page.turns):
+                own_ids, own_labels, place = self.turn(question, says, number == 0)
+                count = 0 if number else tokens or page.side**2
+                ids += own_ids[:place] + [self.processor.image_token_id] * count + own_ids[place:]
+                labels += own_labels[:place] + [-100] * count + own_labels[place:]
+            rows.append((ids, labels))
+        longest, padding = max(len(ids) for ids, _ in rows), self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+            "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+            "pixel_values": torch.cat([page.patches for page in pages]),
+            "image_grid_thw": torch.tensor([[1, page.side, page.side] for page in pages]),
+        }
+
+
+@dataclass
+class PageCollator:
+    """Draws pages: as many as the batch has rows, whatever they say; under another budget each batch."""
+
+    bank: PageBank
+    layout: Layout = field(default_factory=Layout)
     budgets: tuple[int, ...] = ()
-    pages: dict[str, dict] = field(default_factory=lambda: split_of("train")[1])
+    tells_asked: bool = False
     randomness: random.Random = field(default_factory=random.Random)
 
-    def torch_call(self, examples: list[dict]) -> dict:
-        if self.budgets:
-            self.processor.token_budget = self.randomness.choice(self.budgets)
-        layout = self.randomness.choice(self.layouts)
-        pages = [laid_out(row, self.pages, self.randomness, **layout) for row in examples]
-        return super().torch_call([{name: page[name] for name in ("images", "messages")} for page in pages])
+    def __call__(self, rows: list) -> dict[str, torch.Tensor]:
+        pages = [self.bank.page(self.layout, self.randomness) for _ in rows]
+        batch = self.bank.batch(pages, self.randomness.choice(self.budgets) if self.budgets else None)
+        if self.tells_asked:
+            batch["image_position_ids"] = torch.tensor([page.asked for page in pages])
+        return batch
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -301,18 +463,40 @@ def settings_of(
 
 
 def write_language(out: Path) -> Path:
-    """The demo's untrained language model, with a token of its own for each colour: its tokenizer spells them, which
-    two layers do not put together and compare with a picture in minutes."""
+    """The demo's untrained language model with three layers, smaller initial weights, and a token of its own for each
+    colour: its tokenizer spells them, which few layers do not put together and compare with a picture in minutes."""
     _, language = write_parts(FAST, out / "parts")
     tokenizer = AutoTokenizer.from_pretrained(language)
     tokenizer.add_tokens([AddedToken(colour, single_word=True, normalized=False) for colour in COLOURS])
-    torch.manual_seed(FAST.seed)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(language, vocab_size=len(tokenizer)),
+    config = AutoConfig.from_pretrained(
+        language, vocab_size=len(tokenizer), num_hidden_layers=3, initializer_range=0.05
     )
-    model.save_pretrained(out / "language")
+    torch.manual_seed(FAST.seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(out / "language")
     tokenizer.save_pretrained(out / "language")
     return out / "language"
+
+
+@dataclass
+class Stage:
+    """A stage of the base's training."""
+
+    name: str
+    layout: Layout
+    steps: int
+    batch_size: int
+    schedule: str = "constant_with_warmup"
+
+
+FEW = {"with_large": False, "with_numbers": False}
+STAGES = (
+    Stage("one", Layout(side=BOX, boxes=(1,), questions=2, **FEW), 500, 32),
+    Stage("two", Layout(side=8, boxes=(1, 2, 2), questions=3, **FEW), 1750, 16),
+    # Only what the middle of a box knows of its colour lets a question find it
+    Stage("middles", Layout(side=8, boxes=(1, 2, 2), questions=3, cropped=0.6, **FEW), 1250, 16),
+    Stage("few", Layout(side=10, boxes=(2, 3, 4), with_large=False, questions=3, cropped=0.3), 900, 16),
+    Stage("base", Layout(questions=4), 1000, 12, "linear"),
+)
 
 
 def train_base(out: Path, seed: int = 0) -> Path:
@@ -323,32 +507,19 @@ def train_base(out: Path, seed: int = 0) -> Path:
         AutoModel.from_config(AutoConfig.for_model(**TOWER)).save_pretrained(out / "tower")
         SiglipImageProcessorPil().save_pretrained(out / "tower")
         build("mrope", out / "tower", language, out / "built", spatial_merge_size=1, min_image_tokens=1)
-    tiles = load_dataset(str(data.path("emoji_tiles")), split="train")
-    alone = [{"side": BOX, "most_boxes": 1, "with_large": False}]
-    few = [{"side": 10, "most_boxes": count, "with_large": False} for count in (2, 3, 4)]
-    named = ("detail_what", "search_color")
-    stages = (
-        ("tiles", tiles, None, 500, "linear"),
-        ("one", rows_of("train", ("detail_what",)), alone, 600, "constant_with_warmup"),
-        ("few", rows_of("train", named), few, 1200, "constant_with_warmup"),
-        ("base", rows_of("train", DETAIL + COARSE), [{}], 400, "linear"),
-    )
     source = out / "built"
-    for name, rows, layouts, steps, schedule in stages:
-        target = out / name
+    for stage in STAGES:
+        target = out / stage.name
         if not target.exists():
             processor = AutoProcessor.from_pretrained(source)
-            collator = (
-                ZooDataCollator(processor)
-                if layouts is None
-                else PageCollator(processor, layouts=layouts, randomness=random.Random(seed))
-            )
             trainer = LeanSFTTrainer(
                 model=AutoModelForImageTextToText.from_pretrained(source),
-                args=settings_of(out / f"{name}.training", steps, 32, 1e-3, schedule, seed),
-                train_dataset=rows,
+                args=settings_of(
+                    out / f"{stage.name}.training", stage.steps, stage.batch_size, 1e-3, stage.schedule, seed
+                ),
+                train_dataset=rows_of("train", DETAIL + COARSE),
                 processing_class=processor,
-                data_collator=collator,
+                data_collator=PageCollator(PageBank(processor), stage.layout, randomness=random.Random(seed)),
             )
             trainer.train()
             with writing_folder(target) as folder:
@@ -380,10 +551,12 @@ def train_policy(base: Path, out: Path, name: str, seed: int, steps: int):
     budgets = (NATIVE,) if name == "all" else BUDGETS
     trainer = BudgetTrainer(
         model=model,
-        args=settings_of(out / f"{name}.training", steps, 32, 5e-4, "linear", seed),
+        args=settings_of(out / f"{name}.training", steps, 16, 5e-4, "linear", seed),
         train_dataset=rows_of("train", DETAIL + COARSE),
         processing_class=processor,
-        data_collator=PageCollator(processor, budgets=budgets, randomness=random.Random(seed)),
+        data_collator=PageCollator(
+            PageBank(source), budgets=budgets, tells_asked=name == "oracle", randomness=random.Random(seed)
+        ),
     )
     trainer.train()
     return trainer.model.eval(), processor
@@ -516,7 +689,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--policies", nargs="+", choices=[*POLICIES, *ABLATIONS], default=[*POLICIES, *ABLATIONS])
-    parser.add_argument("--steps", type=int, default=300, help="of training, for every policy (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="of training, for every policy (default: %(default)s)")
     parser.add_argument("--rows", type=int, help="of the validation split that are asked (default: all)")
     options = parser.parse_args()
     base = train_base(options.out / "base")
