@@ -332,7 +332,13 @@ def write(
             report = prove(source, folder)
             file_staged(report, folder, destination)
             proof = f"Compared with {report['compared_with']}:\n\n```\n{parity.table(report)}\n```"
-        proof = "\n\n".join(filter(None, (source.note, proof)))
+        back = ""
+        if options is not None:
+            back = (
+                f"`python -m conversion.{script} FOLDER BACK --reverse` writes the source's files again, out of the "
+                f"weights, `{engine.RECORD}`, `{way_back.UPSTREAM}` and, where it is there, `{engine.DROPPED}`."
+            )
+        proof = "\n\n".join(filter(None, (source.note, proof, back)))
         card = engine.model_card(source.name, source.kind, source.config.model_type, script, proof)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report

@@ -214,14 +214,18 @@ def make_record(
 
 
 def twins_of(held: Mapping[str, TensorInfo], unread: list[str]) -> dict[str, str]:
-    """Unread tensors of a file that are, bit by bit, one that is read."""
+    """Unread tensors of a file that are, bit by bit, one that is read; those of one value alone are nobody's twin."""
     if not unread:
         return {}
     likely = {(held[name].shape, held[name].dtype) for name in unread}
     compared = {name: info for name, info in held.items() if (info.shape, info.dtype) in likely}
-    digests = {name: digest(tensor) for name, tensor in engine.read_tensors(compared)}
+    digests = {
+        name: digest(tensor)
+        for name, tensor in engine.read_tensors(compared)
+        if tensor.numel() and bool((tensor != tensor.reshape(-1)[0]).any())
+    }
     read = {key: name for name, key in digests.items() if name not in set(unread)}
-    return {name: read[digests[name]] for name in unread if digests[name] in read}
+    return {name: read[digests[name]] for name in unread if digests.get(name) in read}
 
 
 def digest(tensor: torch.Tensor) -> tuple:
@@ -324,23 +328,28 @@ def find(folder: Path, home: Path, script: str, config: PreTrainedConfig) -> Ret
             f"{home / engine.RECORD} was written by conversion.{record.get('script', 'an older version')}, this is "
             f"conversion.{script}."
         )
+    try:
+        return _find(folder, home, record, config)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConversionError(f"{home / engine.RECORD} is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _find(folder: Path, home: Path, record: dict[str, Any], config: PreTrainedConfig) -> Return:
     settings = settings_of(config)
     changed = sorted(name for name in settings if settings[name] != record["settings"].get(name))
     if changed:
         raise ConversionError(f"The config is no longer that of {record['source']}:", {"changed": changed})
-    tensors, side = engine.read_checkpoint(folder), home / engine.DROPPED
-    known = set(record["names"].values()) | {
-        zoo for file in record["files"] for entry in file["tensors"].values() for zoo, _, _ in entry["pieces"]
+    edits = {
+        zoo: (edits_module.from_record(without(edit, "before")), list(edit["before"]))
+        for zoo, edit in record["edits"].items()
     }
-    new = sorted(name for name in tensors if name not in known | set(record["new"]))
-    tensors = {**(engine.read_file(side) if side.is_file() else {}), **tensors}
-    edits = {zoo: (edits_module.from_record(without(edit, "before")), edit["before"])
-             for zoo, edit in record["edits"].items()}  # fmt: skip
-    wanted = {
-        zoo: None for file in record["files"] for entry in file["tensors"].values() for zoo, _, _ in entry["pieces"]
-    }
+    entries = [entry for file in record["files"] for entry in file["tensors"].values()]
+    wanted = dict.fromkeys(zoo for entry in entries for zoo, _, _ in entry["pieces"])
     wanted |= dict.fromkeys(record["computed"]["tensors"].values())
     wanted |= {f"{ORIGINAL}{zoo}": None for zoo, (edit, _) in edits.items() if not edit.is_exact}
+    found, side = engine.read_checkpoint(folder), home / engine.DROPPED
+    new = sorted(found.keys() - wanted.keys() - set(record["names"].values()) - set(record["new"]))
+    tensors = {**(engine.read_file(side) if side.is_file() else {}), **found}
     missing = [zoo for zoo in wanted if zoo not in tensors]
     if new or missing:
         hint = "" if side.is_file() else f" ({home} has no {side.name}: --origin names the first conversion's folder)"

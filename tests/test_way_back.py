@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conversion import edits, engine, way_back
 from conversion.edits import AddKeyBias, CutRows, FillRows, Scale, Transpose
@@ -211,6 +211,13 @@ def test_a_folder_of_another_script_is_refused_by_name(folders, tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["files", "edits", "names", "settings", "computed"])
+def test_a_damaged_record_is_named(name, folders, tmp_path):
+    zoo = edited_record(folders("hf457_llava"), tmp_path / "zoo", lambda record: record.update({name: 7}))
+    with pytest.raises(ConversionError, match=r"conversion\.json"):
+        script("hf457_llava").reverse(zoo, tmp_path / "back")
+
+
 def test_tensors_that_are_nowhere_are_listed(folders, tmp_path):
     zoo = edited_record(folders("hf457_llava"), tmp_path / "zoo", lambda record: None)
     (zoo / engine.DROPPED).unlink()
@@ -295,3 +302,8 @@ def test_a_tensor_that_nothing_reads_waits_in_the_side_file(folders):
     kept = load_file(folders("openflamingo_llama_every2") / engine.DROPPED)
     replaced = f"{way_back.UNREAD}full.pt: perceiver.latents"
     assert torch.equal(kept[replaced], numbers(ORACLES / "openflamingo_llama_every2" / "full.pt")["perceiver.latents"])
+
+
+def test_a_tensor_of_one_value_is_nobodys_twin(tmp_path):
+    save_file({"read": torch.zeros(4), "unread": torch.zeros(4)}, tmp_path / "model.safetensors")
+    assert way_back.twins_of(engine.read_file(tmp_path / "model.safetensors"), ["unread"]) == {}
