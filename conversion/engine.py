@@ -698,6 +698,11 @@ def run(parser: argparse.ArgumentParser, job: Callable[[argparse.Namespace], str
     options = parser.parse_args(arguments)
     if options.destination is None and not options.dry_run:
         parser.error("DST is required")
+    return show(job, options)
+
+
+def show(job: Callable[[argparse.Namespace], str], options: argparse.Namespace) -> int:
+    """Shows what a job returns, or its error; returns the exit status."""
     try:
         print(job(options))
     except (ValueError, OSError) as error:

@@ -98,13 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of checkpoints, a folder each")
     parser.add_argument("--out", type=Path, help="where the converted folders are kept; by default nowhere")
-    options = parser.parse_args(arguments)
-    try:
-        print(job(options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return engine.show(job, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

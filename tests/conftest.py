@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from conversion import sources
 from vlm_zoo.testing import tiny_model, tiny_processor
 
 
@@ -31,3 +33,18 @@ def tiny_folder(tmp_path_factory):
     model.save_pretrained(folder)
     tiny_processor("zoo_llava", model.config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def converted_oracle(tmp_path_factory):
+    """Gives the zoo's folder of an oracle, by its name; it is converted when it is asked for first, and not proven."""
+    home, made = tmp_path_factory.mktemp("oracles"), {}
+
+    def convert(name):
+        if name not in made:
+            source = Path(__file__).parent / "oracles" / name
+            sources.script_of(source).convert(source, home / name, verify=False)
+            made[name] = home / name
+        return made[name]
+
+    return convert

@@ -1,6 +1,5 @@
 """A weight at another's place is reported at the stage that it belongs to, whatever the source."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -8,31 +7,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conversion import parity
+from conversion import parity, sources
 from conversion.engine import ConversionError
 
 
 ORACLES = Path(__file__).parent / "oracles"
-SCRIPTS = {
-    "hf457_blip2": "blip2",
-    "hf457_instructblip": "blip2",
-    "lavis_blip2_opt": "blip2",
-    "lavis_instructblip_vicuna": "blip2",
-    "hf457_idefics": "flamingo",
-    "openflamingo_llama_every2": "flamingo",
-    "hf457_llava": "llava",
-    "hf457_llava_next": "llava",
-    "llava_next_unpad": "llava",
-    "llava_v10_linear": "llava",
-    "llava_v15": "llava",
-    "hf457_qwen2_vl": "mrope",
-    "hf457_qwen2_5_vl": "mrope",
-    "hf457_qwen3_vl": "mrope",
-    "hf457_ovis2": "vet",
-    "ovisv1.6_siglip_stride2": "vet",
-    "ovisv2.0_aimv2": "vet",
-    "ovisv2.5_navit_full": "vet",
-}
+NAMES = sorted(path.name for path in ORACLES.iterdir())
 # One source of each script is damaged at all stages, every other one at one of them. Where head and embeddings are one
 # tensor, as in `hf457_blip2`, the first layer reads it before the head.
 WHOLE = ("hf457_instructblip", "hf457_idefics", "llava_next_unpad", "hf457_qwen3_vl", "hf457_ovis2")
@@ -63,22 +43,9 @@ ENDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Converted folders by their oracle, made when they are asked for."""
-    home, made = tmp_path_factory.mktemp("stages"), {}
-
-    def convert(name):
-        if name not in made:
-            script(name).convert(ORACLES / name, home / name, verify=False)
-            made[name] = home / name
-        return made[name]
-
-    return convert
-
-
 def script(name):
-    return importlib.import_module(f"conversion.{SCRIPTS[name]}")
+    """The conversion that reads an oracle."""
+    return sources.script_of(ORACLES / name)
 
 
 def tensor_of(stage, tensors):
@@ -102,12 +69,12 @@ def first_failed_stage(name, folder, damage):
 
 
 def test_every_source_is_damaged():
-    assert {name for name, _ in CASES} == set(SCRIPTS) == {path.name for path in ORACLES.iterdir() if path.is_dir()}
+    assert {name for name, _ in CASES} == set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
-def test_rows_in_another_order_are_reported_at_their_stage(name, stage, folders, tmp_path):
-    zoo = shutil.copytree(folders(name), tmp_path / "zoo")
+def test_rows_in_another_order_are_reported_at_their_stage(name, stage, converted_oracle, tmp_path):
+    zoo = shutil.copytree(converted_oracle(name), tmp_path / "zoo")
 
     def damage(tensors):
         key = tensor_of(stage, tensors)
@@ -158,24 +125,24 @@ def test_rows_in_another_order_are_reported_at_their_stage(name, stage, folders,
     ],
 )
 def test_tensors_at_each_others_places_are_reported_at_the_first_of_their_stages(
-    name, one, other, stage, folders, tmp_path
+    name, one, other, stage, converted_oracle, tmp_path
 ):
-    zoo = shutil.copytree(folders(name), tmp_path / "zoo")
+    zoo = shutil.copytree(converted_oracle(name), tmp_path / "zoo")
     exchange = {one: other, other: one}
     assert first_failed_stage(name, zoo, lambda tensors: tensors.update(
         {key: tensors[source] for key, source in exchange.items()}
     )) == stage  # fmt: skip
 
 
-def test_a_norm_that_only_one_of_two_towers_applies_belongs_to_its_tower(folders, tmp_path):
-    zoo, key = shutil.copytree(folders("hf457_ovis2"), tmp_path / "zoo"), "model.vision_tower.rms_norm.weight"
+def test_a_norm_that_only_one_of_two_towers_applies_belongs_to_its_tower(converted_oracle, tmp_path):
+    zoo, key = shutil.copytree(converted_oracle("hf457_ovis2"), tmp_path / "zoo"), "model.vision_tower.rms_norm.weight"
     assert first_failed_stage("hf457_ovis2", zoo, lambda tensors: tensors.update({key: tensors[key].flip(0)})) == (
         "vision_tower"
     )
 
 
-def test_deepstack_features_belong_to_the_connector(folders, tmp_path):
-    zoo = shutil.copytree(folders("hf457_qwen3_vl"), tmp_path / "zoo")
+def test_deepstack_features_belong_to_the_connector(converted_oracle, tmp_path):
+    zoo = shutil.copytree(converted_oracle("hf457_qwen3_vl"), tmp_path / "zoo")
 
     def damage(tensors):
         (key, *_) = [key for key in tensors if "deepstack" in key and key.endswith("linear_2.weight")]

@@ -1,6 +1,5 @@
 """The way back of every source: the same files, tensor by tensor and bit for bit."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,38 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import edits, engine, way_back
+from conversion import edits, engine, sources, way_back
 from conversion.edits import AddKeyBias, CutRows, FillRows, Scale, Transpose
 from conversion.engine import ConversionError
 from vlm_zoo import AutoModelForVision2Seq
 
 
 ORACLES = Path(__file__).parent / "oracles"
-SCRIPTS = {
-    "hf457_blip2": "blip2",
-    "hf457_instructblip": "blip2",
-    "lavis_blip2_opt": "blip2",
-    "lavis_instructblip_vicuna": "blip2",
-    "hf457_idefics": "flamingo",
-    "openflamingo_llama_every2": "flamingo",
-    "hf457_llava": "llava",
-    "hf457_llava_next": "llava",
-    "llava_next_unpad": "llava",
-    "llava_v10_linear": "llava",
-    "llava_v15": "llava",
-    "hf457_qwen2_vl": "mrope",
-    "hf457_qwen2_5_vl": "mrope",
-    "hf457_qwen3_vl": "mrope",
-    "hf457_ovis2": "vet",
-    "ovisv1.6_siglip_stride2": "vet",
-    "ovisv2.0_aimv2": "vet",
-    "ovisv2.5_navit_full": "vet",
-}
+NAMES = sorted(path.name for path in ORACLES.iterdir())
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def script(name):
-    return importlib.import_module(f"conversion.{SCRIPTS[name]}")
+    """The conversion that reads an oracle."""
+    return sources.script_of(ORACLES / name)
 
 
 def numbers(path):
@@ -57,27 +38,13 @@ def same_bits(one, other):
     )
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Converted folders by their oracle, made when they are asked for."""
-    home, made = tmp_path_factory.mktemp("way_back"), {}
-
-    def convert(name):
-        if name not in made:
-            script(name).convert(ORACLES / name, home / name, verify=False)
-            made[name] = home / name
-        return made[name]
-
-    return convert
-
-
 # --- every source ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_file_that_was_read_goes_back_bit_for_bit(name, folders, tmp_path):
-    script(name).reverse(folders(name), tmp_path / "back", verify=False)
-    read = {file["path"] for file in json.loads((folders(name) / engine.RECORD).read_text())["files"]}
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_that_was_read_goes_back_bit_for_bit(name, converted_oracle, tmp_path):
+    script(name).reverse(converted_oracle(name), tmp_path / "back", verify=False)
+    read = {file["path"] for file in json.loads((converted_oracle(name) / engine.RECORD).read_text())["files"]}
     assert read == {
         path.relative_to(tmp_path / "back").as_posix()
         for path in (tmp_path / "back").rglob("*")
@@ -86,9 +53,9 @@ def test_every_file_that_was_read_goes_back_bit_for_bit(name, folders, tmp_path)
     assert all(same_bits(numbers(ORACLES / name / path), numbers(tmp_path / "back" / path)) for path in read)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_configs_and_tokenizers_go_back_byte_by_byte(name, folders, tmp_path):
-    script(name).reverse(folders(name), tmp_path / "back", verify=False)
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_and_tokenizers_go_back_byte_by_byte(name, converted_oracle, tmp_path):
+    script(name).reverse(converted_oracle(name), tmp_path / "back", verify=False)
     beside = [path for path in (tmp_path / "back").rglob("*") if path.is_file() and path.suffix not in WEIGHTS]
     assert all((ORACLES / name / path.relative_to(tmp_path / "back")).read_bytes() == path.read_bytes()
                for path in beside)  # fmt: skip
@@ -96,13 +63,13 @@ def test_configs_and_tokenizers_go_back_byte_by_byte(name, folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lavis_blip2_opt", "openflamingo_llama_every2", "llava_v15", "ovisv2.0_aimv2"])
-def test_what_went_back_is_read_and_proven_again(name, folders, tmp_path):
-    report = script(name).reverse(folders(name), tmp_path / "back")
+def test_what_went_back_is_read_and_proven_again(name, converted_oracle, tmp_path):
+    report = script(name).reverse(converted_oracle(name), tmp_path / "back")
     assert report["passed"] and (tmp_path / "back" / "parity.json").is_file()
 
 
-def test_a_training_save_keeps_its_tensors_under_the_key_that_it_had(folders, tmp_path):
-    script("lavis_blip2_opt").reverse(folders("lavis_blip2_opt"), tmp_path / "back", verify=False)
+def test_a_training_save_keeps_its_tensors_under_the_key_that_it_had(converted_oracle, tmp_path):
+    script("lavis_blip2_opt").reverse(converted_oracle("lavis_blip2_opt"), tmp_path / "back", verify=False)
     (save,) = (tmp_path / "back").glob("*trainable.pth")
     assert torch.load(save, weights_only=True).keys() == {"model"}
 
@@ -140,34 +107,34 @@ def trained(folder, name, change):
     return model
 
 
-def test_training_changes_only_what_was_trained(folders, tmp_path):
+def test_training_changes_only_what_was_trained(converted_oracle, tmp_path):
     name, changed = "hf457_qwen2_vl", "model.connector.merger.linear_1.bias"
-    trained(folders(name), changed, 1.0).save_pretrained(tmp_path / "trained")
-    script(name).reverse(tmp_path / "trained", tmp_path / "back", origin=folders(name))
+    trained(converted_oracle(name), changed, 1.0).save_pretrained(tmp_path / "trained")
+    script(name).reverse(tmp_path / "trained", tmp_path / "back", origin=converted_oracle(name))
     (path,) = ORACLES.joinpath(name).rglob("model.safetensors")
     before, after = numbers(path), numbers(tmp_path / "back" / path.relative_to(ORACLES / name))
     assert [key for key in before if not torch.equal(before[key], after[key])] == ["visual.merger.mlp.0.bias"]
 
 
-def test_a_later_state_without_its_origin_says_how_to_name_it(folders, tmp_path):
+def test_a_later_state_without_its_origin_says_how_to_name_it(converted_oracle, tmp_path):
     name = "hf457_qwen2_vl"
-    trained(folders(name), "model.connector.merger.linear_1.bias", 1.0).save_pretrained(tmp_path / "trained")
+    trained(converted_oracle(name), "model.connector.merger.linear_1.bias", 1.0).save_pretrained(tmp_path / "trained")
     with pytest.raises(ConversionError, match="--origin"):
         script(name).reverse(tmp_path / "trained", tmp_path / "back")
 
 
-def test_a_bias_of_keys_that_was_trained_does_not_go_back_to_a_tower_without_one(folders, tmp_path):
+def test_a_bias_of_keys_that_was_trained_does_not_go_back_to_a_tower_without_one(converted_oracle, tmp_path):
     name = "lavis_blip2_opt"
     bias = "model.vision_tower.encoder.layers.0.self_attn.qkv.bias"
-    trained(folders(name), bias, 1.0).save_pretrained(tmp_path / "trained")
+    trained(converted_oracle(name), bias, 1.0).save_pretrained(tmp_path / "trained")
     with pytest.raises(ConversionError, match="was it trained"):
-        script(name).reverse(tmp_path / "trained", tmp_path / "back", origin=folders(name))
+        script(name).reverse(tmp_path / "trained", tmp_path / "back", origin=converted_oracle(name))
     assert not (tmp_path / "back").exists()
 
 
-def test_a_model_of_another_shape_does_not_go_back(folders, tmp_path):
+def test_a_model_of_another_shape_does_not_go_back(converted_oracle, tmp_path):
     name = "hf457_qwen2_vl"
-    shutil.copytree(folders(name), tmp_path / "zoo")
+    shutil.copytree(converted_oracle(name), tmp_path / "zoo")
     config = json.loads((tmp_path / "zoo" / "config.json").read_text())
     (tmp_path / "zoo" / "config.json").write_text(json.dumps({**config, "max_image_tokens": 7}))
     with pytest.raises(ConversionError) as caught:
@@ -187,39 +154,43 @@ def edited_record(folder, target, edit):
 
 
 @pytest.mark.parametrize("path", ["../evil.safetensors", "/tmp/evil.safetensors", "C:\\evil.safetensors", "a/../../b"])
-def test_a_record_cannot_write_outside_the_folder(path, folders, tmp_path):
-    zoo = edited_record(folders("hf457_llava"), tmp_path / "zoo", lambda record: record["files"][0].update(path=path))
+def test_a_record_cannot_write_outside_the_folder(path, converted_oracle, tmp_path):
+    zoo = edited_record(
+        converted_oracle("hf457_llava"), tmp_path / "zoo", lambda record: record["files"][0].update(path=path)
+    )
     with pytest.raises(ConversionError, match="outside"):
         script("hf457_llava").reverse(zoo, tmp_path / "deep" / "back", verify=False)
     assert not [file for file in tmp_path.rglob("*") if "evil" in file.name]
 
 
-def test_a_record_cannot_copy_from_outside_the_folder(folders, tmp_path):
+def test_a_record_cannot_copy_from_outside_the_folder(converted_oracle, tmp_path):
     (tmp_path / "secret.json").write_text("{}")
     zoo = edited_record(
-        folders("hf457_llava"), tmp_path / "zoo", lambda record: record["beside"].append("../../secret.json")
+        converted_oracle("hf457_llava"), tmp_path / "zoo", lambda record: record["beside"].append("../../secret.json")
     )
     with pytest.raises(ConversionError, match="outside"):
         script("hf457_llava").reverse(zoo, tmp_path / "back", verify=False)
 
 
-def test_a_folder_of_another_script_is_refused_by_name(folders, tmp_path):
+def test_a_folder_of_another_script_is_refused_by_name(converted_oracle, tmp_path):
     with pytest.raises(ConversionError, match=r"conversion\.mrope"):
         script("hf457_ovis2").reverse(
-            edited_record(folders("hf457_ovis2"), tmp_path / "zoo", lambda record: record.update(script="mrope")),
+            edited_record(
+                converted_oracle("hf457_ovis2"), tmp_path / "zoo", lambda record: record.update(script="mrope")
+            ),
             tmp_path / "back",
         )
 
 
 @pytest.mark.parametrize("name", ["files", "edits", "names", "settings", "computed"])
-def test_a_damaged_record_is_named(name, folders, tmp_path):
-    zoo = edited_record(folders("hf457_llava"), tmp_path / "zoo", lambda record: record.update({name: 7}))
+def test_a_damaged_record_is_named(name, converted_oracle, tmp_path):
+    zoo = edited_record(converted_oracle("hf457_llava"), tmp_path / "zoo", lambda record: record.update({name: 7}))
     with pytest.raises(ConversionError, match=r"conversion\.json"):
         script("hf457_llava").reverse(zoo, tmp_path / "back")
 
 
-def test_tensors_that_are_nowhere_are_listed(folders, tmp_path):
-    zoo = edited_record(folders("hf457_llava"), tmp_path / "zoo", lambda record: None)
+def test_tensors_that_are_nowhere_are_listed(converted_oracle, tmp_path):
+    zoo = edited_record(converted_oracle("hf457_llava"), tmp_path / "zoo", lambda record: None)
     (zoo / engine.DROPPED).unlink()
     with pytest.raises(ConversionError) as caught:
         script("hf457_llava").reverse(zoo, tmp_path / "back")
@@ -229,22 +200,22 @@ def test_tensors_that_are_nowhere_are_listed(folders, tmp_path):
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_shows_where_every_tensor_goes_back_to(folders, capsys):
-    assert script("ovisv2.0_aimv2").main([str(folders("ovisv2.0_aimv2")), "--reverse", "--dry-run"]) == 0
+def test_the_command_line_shows_where_every_tensor_goes_back_to(converted_oracle, capsys):
+    assert script("ovisv2.0_aimv2").main([str(converted_oracle("ovisv2.0_aimv2")), "--reverse", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(" + " in line and ".attn.qkv.weight" in line for line in lines) >= 1
 
 
-def test_the_command_line_goes_back(folders, tmp_path, capsys):
+def test_the_command_line_goes_back(converted_oracle, tmp_path, capsys):
     name = "hf457_idefics"
-    assert script(name).main([str(folders(name)), str(tmp_path / "back"), "--reverse"]) == 0
+    assert script(name).main([str(converted_oracle(name)), str(tmp_path / "back"), "--reverse"]) == 0
     assert "logits" in capsys.readouterr().out
 
 
-def test_an_error_on_the_way_back_leaves_nothing_that_looks_finished(folders, tmp_path, monkeypatch):
+def test_an_error_on_the_way_back_leaves_nothing_that_looks_finished(converted_oracle, tmp_path, monkeypatch):
     monkeypatch.setattr(way_back, "assembled", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        script("hf457_llava").reverse(folders("hf457_llava"), tmp_path / "back")
+        script("hf457_llava").reverse(converted_oracle("hf457_llava"), tmp_path / "back")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,17 +260,17 @@ def test_an_edit_that_is_unknown_or_incomplete_is_refused(record):
 # --- second names ----------------------------------------------------------------------------------------------------
 
 
-def test_a_second_name_of_a_tensor_is_no_second_copy(folders):
-    record = json.loads((folders("openflamingo_llama_every2") / engine.RECORD).read_text())
+def test_a_second_name_of_a_tensor_is_no_second_copy(converted_oracle):
+    record = json.loads((converted_oracle("openflamingo_llama_every2") / engine.RECORD).read_text())
     (full,) = (file for file in record["files"] if file["path"] == "full.pt")
-    kept = engine.read_file(folders("openflamingo_llama_every2") / engine.DROPPED)
+    kept = engine.read_file(converted_oracle("openflamingo_llama_every2") / engine.DROPPED)
     aliases = [name for name in full["tensors"] if "old_decoder_blocks" in name]
     assert aliases and not any(alias in key for alias in aliases for key in kept)
 
 
-def test_a_tensor_that_nothing_reads_waits_in_the_side_file(folders):
+def test_a_tensor_that_nothing_reads_waits_in_the_side_file(converted_oracle):
     # What trained stands in for what a whole save holds of it
-    kept = load_file(folders("openflamingo_llama_every2") / engine.DROPPED)
+    kept = load_file(converted_oracle("openflamingo_llama_every2") / engine.DROPPED)
     replaced = f"{way_back.UNREAD}full.pt: perceiver.latents"
     assert torch.equal(kept[replaced], numbers(ORACLES / "openflamingo_llama_every2" / "full.pt")["perceiver.latents"])
 
