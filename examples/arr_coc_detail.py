@@ -19,6 +19,7 @@ Policies. Each starts from the base, keeps tower and merger as they are, and tra
 has of its own for the same number of steps, every batch under another budget; each is asked at every budget.
 
     relevance        ARR-COC
+    taught           ARR-COC whose scorers first learn where the base looks when it answers
     uniform          the same detail everywhere: pooled to the same number of tokens
     random           detail in random regions
     salience         query-blind: information and salience alone, with fixed tensions
@@ -75,10 +76,9 @@ RULE = 2  # pixels of the lines in a box
 SIDE_SHARE = 0.3  # of boxes of training that are asked for their side
 NATIVE = SIDE * SIDE
 BUDGETS = (16, 32, 64, 144, 200)
-SCORERS_AND_BALANCER, SCORER_RATE = (
-    ("model.fusion.scorers.", "model.fusion.balancer."),
-    10,
-)  # which learn so much faster
+SCORERS_AND_BALANCER = ("model.fusion.scorers.", "model.fusion.balancer.")
+SCORER_RATE = 10  # times the learning rate of the rest
+TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 300, 8, 5e-3
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
 DETAIL = ("detail_what", "detail_number", "search_color")
 COARSE = ("coarse_what", "coarse_side")
@@ -101,6 +101,7 @@ TOWER = {
 LADDER = [1, 2, 4]
 POLICIES = {
     "relevance": {},
+    "taught": {},
     "uniform": {"allocation": "uniform"},
     "random": {"allocation": "random"},
     "salience": {"scorers": ["propositional", "perspectival"], "fixed_tensions": [1.0, 1.0, 0.5]},
@@ -431,6 +432,56 @@ class OracleProcessor(ZooArrCocProcessor):
         return processed, replacements
 
 
+class PupilModel(ZooArrCocModel):
+    """ARR-COC that keeps the balance of its last forward."""
+
+    balance: Balance | None = None
+
+    def look(self, tokens, texture, table, size, question):
+        maps, self.balance = super().look(tokens, texture, table, size, question)
+        return maps, self.balance
+
+
+class Pupil(ZooArrCocForConditionalGeneration):
+    base_model_class = PupilModel
+
+
+@torch.no_grad()
+def attention_of(teacher, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where the last two layers of the base look when it begins to answer, `float[B, N]`; the sum of a row is 1."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    layers = torch.stack(teacher(**inputs, output_attentions=True).attentions[-2:])  # float[2, B, heads, T, T]
+    before = (batch["labels"] != -100).int().argmax(dim=1) - 1
+    looks = layers.mean(dim=(0, 2))[torch.arange(len(before)), before]  # float[B, T]
+    images = batch["input_ids"] == teacher.config.image_token_id
+    looks = looks[images].view(len(before), -1)
+    return looks / looks.sum(dim=1, keepdim=True)
+
+
+def teach(model, base: Path, bank: PageBank, scorers: list[torch.nn.Parameter], seed: int) -> None:
+    """Scorers and balancer learn to activate the cells that the base looks at; nothing else changes."""
+    teacher = AutoModelForImageTextToText.from_pretrained(base, attn_implementation="eager").eval()
+    optimizer = torch.optim.AdamW(scorers, lr=TEACHING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TEACHING_RATE, total_steps=TEACHING_STEPS)
+    randomness = random.Random(seed)
+    model.train()
+    for _ in range(TEACHING_STEPS):
+        pages = [bank.page(Layout(), randomness) for _ in range(TEACHING_BATCH)]
+        target = attention_of(teacher, bank.batch(pages))
+        budget = randomness.choice(BUDGETS)
+        model.config.token_budget = budget
+        batch = bank.batch(pages, budget)
+        del batch["labels"]
+        model.model(**batch)
+        activation = model.model.balance.activation.log_softmax(dim=1)
+        loss = torch.nn.functional.kl_div(activation, target, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.model.fusion.forwards.zero_()
+
+
 class BudgetTrainer(LeanSFTTrainer):
     """The model's budget is that of the batch."""
 
@@ -539,9 +590,8 @@ def train_policy(base: Path, out: Path, name: str, seed: int, steps: int):
     known = AutoConfig.from_pretrained(base).to_dict()
     known.pop("model_type")
     config = ZooArrCocConfig(**{**known, "token_budget": NATIVE, **fields})
-    head, own_processor = (
-        (Oracle, OracleProcessor) if name == "oracle" else (ZooArrCocForConditionalGeneration, ZooArrCocProcessor)
-    )
+    head = {"oracle": Oracle, "taught": Pupil}.get(name, ZooArrCocForConditionalGeneration)
+    own_processor = OracleProcessor if name == "oracle" else ZooArrCocProcessor
     torch.manual_seed(seed)
     model = head.from_pretrained(base, config=config)
     source = AutoProcessor.from_pretrained(base)
@@ -556,6 +606,8 @@ def train_policy(base: Path, out: Path, name: str, seed: int, steps: int):
     scorers, others = [], []
     for parameter_name, parameter in model.named_parameters():
         (scorers if parameter_name.startswith(SCORERS_AND_BALANCER) else others).append(parameter)
+    if name == "taught":
+        teach(model, base, PageBank(source), [parameter for parameter in scorers if parameter.requires_grad], seed)
     args = settings_of(out / f"{name}.training", steps, 16, 5e-4, "linear", seed)
     groups = [{"params": others}, {"params": scorers, "lr": SCORER_RATE * args.learning_rate}]
     optimizer = torch.optim.AdamW(
