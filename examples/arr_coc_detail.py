@@ -12,8 +12,8 @@ are laid out anew on 256 x 256 pixels, at multiples of 16. A page has 256 native
 box is ruled in its colour, two pixels at the upper and left edge of every patch: without that no token in its middle
 knows the colour by which questions name it, and which box is meant is not learned.
 
-Base. All tokens, the `mrope` architecture, several questions a page. Curriculum: one box or only its middle, then one
-or two of them, then a few, then whole pages.
+Base. All tokens, the `mrope` architecture, several questions a page. Curriculum: one box; one or two; the same, often
+with nothing of a box but its middle; a few; whole pages.
 
 Policies. Each starts from the base, keeps tower and merger as they are, and trains the language model and what it
 has of its own for the same number of steps, every batch under another budget; each is asked at every budget.
