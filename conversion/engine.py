@@ -177,11 +177,17 @@ def weights_file(folder: Path) -> Path | None:
 
 def shard_path(folder: Path, name: str, index: str) -> Path:
     """A shard that an index names; names that lead out of the folder are refused."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ConversionError(f"{folder / index} names the file '{name}', which lies outside {folder}: refused.")
-    if not (folder / posix).is_file():
+    path = path_within(folder, name, folder / index)
+    if not path.is_file():
         raise ConversionError(f"{folder / index} names the file '{name}', which does not exist.")
+    return path
+
+
+def path_within(folder: Path, name: str, where: str | Path) -> Path:
+    """The file of a folder that is named somewhere; a name that leads out of the folder is a `ConversionError`."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if not name or posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise ConversionError(f"{where} names the file '{name}', which lies outside {folder}: refused.")
     return folder / posix
 
 

@@ -17,7 +17,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -364,11 +364,8 @@ def without(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def place_within(folder: Path, label: str) -> Path:
-    """A path of a record inside the folder that is written; one that leads out of it is a `ConversionError`."""
-    posix, windows = PurePosixPath(label), PureWindowsPath(label)
-    if not label or posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ConversionError(f"{engine.RECORD} names the file '{label}', which lies outside the folder: refused.")
-    path = folder / posix
+    """A path of a record inside the folder that is written, whose own folder is made."""
+    path = engine.path_within(folder, label, engine.RECORD)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -58,6 +58,7 @@ from trl import SFTConfig
 from vlm_zoo import build, data
 from vlm_zoo.demo.parts import write_parts
 from vlm_zoo.demo.recipe import FAST
+from vlm_zoo.demo.train import FROM_SCRATCH
 from vlm_zoo.evaluation.answering import answer, permuted_images, prompt_of
 from vlm_zoo.models.arr_coc import (
     Balance,
@@ -500,20 +501,13 @@ def settings_of(
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
         lr_scheduler_type=schedule,
-        warmup_steps=0.05,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        assistant_only_loss=True,
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
         save_strategy="no",
         logging_steps=max(1, steps // 10),
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         seed=seed,
-        report_to=[],
+        **FROM_SCRATCH,
     )
 
 
@@ -603,11 +597,11 @@ def train_policy(base: Path, out: Path, name: str, seed: int, steps: int):
     )
     model.set_trainable_parts(["fusion", "language", "embeddings", "head"])
     budgets = (NATIVE,) if name == "all" else BUDGETS
-    scorers, others = [], []
+    bank, scorers, others = PageBank(source), [], []
     for parameter_name, parameter in model.named_parameters():
         (scorers if parameter_name.startswith(SCORERS_AND_BALANCER) else others).append(parameter)
     if name == "taught":
-        teach(model, base, PageBank(source), [parameter for parameter in scorers if parameter.requires_grad], seed)
+        teach(model, base, bank, [parameter for parameter in scorers if parameter.requires_grad], seed)
     args = settings_of(out / f"{name}.training", steps, 16, 5e-4, "linear", seed)
     groups = [{"params": others}, {"params": scorers, "lr": SCORER_RATE * args.learning_rate}]
     optimizer = torch.optim.AdamW(
@@ -626,7 +620,7 @@ def train_policy(base: Path, out: Path, name: str, seed: int, steps: int):
         train_dataset=rows_of("train", DETAIL + COARSE),
         processing_class=processor,
         data_collator=PageCollator(
-            PageBank(source), budgets=budgets, tells_asked=name == "oracle", randomness=random.Random(seed)
+            bank, budgets=budgets, tells_asked=name == "oracle", randomness=random.Random(seed)
         ),
     )
     trainer.train()

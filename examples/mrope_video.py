@@ -30,7 +30,7 @@ from trl import SFTConfig
 from vlm_zoo import ZOO, build, data
 from vlm_zoo.demo.parts import write_parts
 from vlm_zoo.demo.recipe import FAST
-from vlm_zoo.demo.train import train_stage
+from vlm_zoo.demo.train import FROM_SCRATCH, train_stage
 from vlm_zoo.evaluation.answering import evaluate_rows
 from vlm_zoo.training import LeanSFTTrainer, ZooDataCollator
 
@@ -102,17 +102,10 @@ def main() -> None:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
-        warmup_steps=0.05,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        assistant_only_loss=True,
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
         save_strategy="no",
         logging_steps=25,
         seed=FAST.seed,
-        report_to=[],
+        **FROM_SCRATCH,
     )
     trainer = LeanSFTTrainer(
         model=AutoModelForImageTextToText.from_pretrained(drawings),

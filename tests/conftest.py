@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread pool, with caches in a folder of its own."""
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -48,3 +49,16 @@ def converted_oracle(tmp_path_factory):
         return made[name]
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def example():
+    """Gives an example's module, by its name."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,8 +1,6 @@
 """The pages of ARR-COC's experiments: what training puts together is what the processor would make."""
 
-import importlib.util
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +13,8 @@ pytestmark = pytest.mark.slow  # the data is read and its drawings are resized
 
 
 @pytest.fixture(scope="module")
-def detail():
-    path = Path(__file__).parents[1] / "examples" / "arr_coc_detail.py"
-    spec = importlib.util.spec_from_file_location("arr_coc_detail", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def detail(example):
+    return example("arr_coc_detail")
 
 
 @pytest.fixture(scope="module")

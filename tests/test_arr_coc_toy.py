@@ -1,18 +1,11 @@
 """The toy of ARR-COC: scorers learn from the answer's loss alone."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture(scope="module")
-def toy():
-    path = Path(__file__).parents[1] / "examples" / "arr_coc_toy.py"
-    spec = importlib.util.spec_from_file_location("arr_coc_toy", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def toy(example):
+    return example("arr_coc_toy")
 
 
 @pytest.mark.slow

@@ -49,6 +49,18 @@ processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
 ```
 """
 
+# What trainings of small models from scratch have in common.
+FROM_SCRATCH = {
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.98,
+    "assistant_only_loss": True,
+    "max_length": None,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "report_to": [],
+}
+
 
 @dataclass
 class AugmentingCollator(ZooDataCollator):
@@ -97,16 +109,9 @@ def train_stage(stage: Stage, source: Path, target: Path, seed: int) -> None:
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=0.05,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        assistant_only_loss=True,
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
-        report_to=[],
+        **FROM_SCRATCH,
         logging_steps=max(1, steps // 50),
         save_steps=max(1, steps // 4),
         save_total_limit=1,
